@@ -1,0 +1,21 @@
+.PHONY: setup demo test
+
+PYTHON ?= python3
+PY := .venv/bin/python
+# What is done already, a second call leaves alone; a changed requirements.txt is installed anew.
+STAMP := .venv/installed
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python {sys.version.split()[0]} is too old: 3.11 or newer is needed, name it with make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: setup
+	$(PY) train_llm.py --config configs/llm_demo.yaml --run demo $(if $(wildcard runs/demo),--resume)
+	$(PY) generate.py demo --prompt "def " --max_tokens 120 --n 3
+
+test: setup
+	$(PY) -m pytest -q tests
