@@ -1,0 +1,284 @@
+"""The language model: a Llama-style decoder (arXiv 2302.13971) in one file.
+
+RMSNorm before each sublayer, rotary positions, grouped-query attention with QK-norm, a squared-ReLU MLP
+(arXiv 2109.08668), no biases, input and output embeddings tied. Weights are fp32; the forward casts them
+to `compute_dtype` where they are used, so the optimizer always sees full precision.
+
+Shapes: B batch, T positions, V vocabulary, C d_model, H heads, G key/value heads, D head dimension.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = 49_152
+    """Rows of the embedding; at least the number of tokenizer entries, at most 65,536."""
+    d_model: int = 512
+    """Width of the residual stream."""
+    n_layers: int = 22
+    """Number of blocks."""
+    n_heads: int = 8
+    """Query heads."""
+    n_kv_heads: int = 4
+    """Key and value heads; divides n_heads."""
+    d_ff: int = 2048
+    """Hidden width of the MLP."""
+    seq_len: int = 2048
+    """Positions a sequence has at most."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "seq_len", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be positive")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"model.d_model {self.d_model} does not split into {self.n_heads} heads of even size: "
+                             f"choose a multiple of {2 * self.n_heads}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"model.n_heads {self.n_heads} is not divisible by model.n_kv_heads {self.n_kv_heads}")
+        if self.vocab_size > 65_536:
+            raise ValueError(f"model.vocab_size {self.vocab_size} does not fit the uint16 token files: at most 65536")
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+
+class Linear(nn.Linear):
+    """A linear map without bias whose fp32 weight is cast to the input's dtype."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension with a learned gain (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+
+
+def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position's angles, each (seq_len, D/2), fp32 (arXiv 2104.09864)."""
+    freqs = config.rope_theta ** (-torch.arange(0, config.d_head, 2).double() / config.d_head)
+    angles = torch.outer(torch.arange(config.seq_len).double(), freqs)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn (B, T, H, D) by the angles of (T, D/2); dimension i is paired with i + D/2 as in Hugging Face Llama."""
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, D/2)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, so that decoding computes each position once."""
+
+    def __init__(self, config: ModelConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype):
+        shape = (2, config.n_layers, batch, config.n_kv_heads, max_len, config.d_head)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v, each (B, G, T, D), behind what `layer` holds; return all of it. `Llama` moves `length`."""
+        end = self.length + k.shape[2]
+        self.kv[0, layer, :, :, self.length:end] = k
+        self.kv[1, layer, :, :, self.length:end] = v
+        return self.kv[0, layer, :, :, :end], self.kv[1, layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.d_head = layer, config.d_head
+        kv_dim = config.n_kv_heads * config.d_head
+        self.q_proj = Linear(config.d_model, config.d_model)
+        self.k_proj = Linear(config.d_model, kv_dim)
+        self.v_proj = Linear(config.d_model, kv_dim)
+        self.o_proj = Linear(config.d_model, config.d_model)
+        self.q_norm = RMSNorm(config.d_head)
+        self.k_norm = RMSNorm(config.d_head)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.d_head)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.d_head)  # (B, T, G, D)
+        v = self.v_proj(x).view(B, T, -1, self.d_head)  # (B, T, G, D)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
+        mask, causal = None, True
+        if cache is not None:
+            past = cache.length
+            k, v = cache.append(self.layer, k, v)  # (B, G, past + T, D)
+            if past:  # is_causal would align the mask with the first key, not the last
+                mask, causal = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past), False
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up_proj = Linear(config.d_model, config.d_ff)
+        self.down_proj = Linear(config.d_ff, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.d_model)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.d_model)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of a linear head, a slice of positions at a time.
+
+    The gradients are taken in the forward pass, while a slice's logits are at hand: neither the (N, V) logits
+    nor a second computation of them is needed. The idea is Liger Kernel's (arXiv 2410.10989).
+    """
+
+    CHUNK = 2**25  # logits at a time, 128 MB in fp32; 2^21 and 2^23 are no faster on a CPU
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        w = weight.to(h.dtype)
+        train = ctx.needs_input_grad[0]
+        grad_h = torch.empty_like(h) if train else None
+        grad_w = torch.zeros_like(weight) if train else None
+        total = torch.zeros((), device=h.device)
+        rows = max(1, ChunkedCrossEntropy.CHUNK // len(weight))
+        for start in range(0, len(h), rows):
+            part, target = h[start:start + rows], targets[start:start + rows, None]
+            logits = (part @ w.T).float()  # (rows, V)
+            lse = logits.logsumexp(-1, keepdim=True)
+            total += (lse - logits.gather(1, target)).sum()
+            if train:
+                grad = logits.sub_(lse).exp_()  # softmax, then minus one at the target
+                grad.scatter_add_(1, target, torch.full_like(lse, -1.0))
+                grad = grad.to(h.dtype)
+                grad_h[start:start + rows] = grad @ w
+                grad_w += grad.T @ part
+        ctx.save_for_backward(grad_h, grad_w)
+        return total / len(h)
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):
+        grad_h, grad_w = ctx.saved_tensors
+        scale = grad_loss / len(grad_h)
+        return grad_h * scale.to(grad_h.dtype), grad_w * scale, None
+
+
+class Llama(nn.Module):
+    """The decoder. `compute_dtype` is the dtype of activations; weights stay fp32."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model)
+        cos, sin = rotary_table(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw every weight anew. Raises ValueError at a parameter this does not know."""
+        for name, p in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(p)
+            elif p.ndim == 2:
+                nn.init.normal_(p, std=0.02, generator=generator)
+            else:
+                raise ValueError(f"no initialization for parameter {name} of shape {tuple(p.shape)}")
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) in fp32 for tokens (B, T), or with targets (B, T) the mean loss in nats per token.
+
+        With a cache, `tokens` follow the positions the cache holds, and the cache takes them in.
+        """
+        past = cache.length if cache is not None else 0
+        T = tokens.shape[1]
+        assert past + T <= self.config.seq_len, f"{past} + {T} positions, seq_len is {self.config.seq_len}"
+        cos, sin = self.cos[past:past + T], self.sin[past:past + T]
+        # scaled, because what suits the tied head as weights is small beside what the blocks add (arXiv 1706.03762)
+        x = self.embed(tokens).to(self.compute_dtype) * math.sqrt(self.config.d_model)  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache)
+        if cache is not None:
+            cache.length += T
+        x = self.norm(x)
+        if targets is not None:
+            return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.embed.weight, targets.flatten())
+        return F.linear(x, self.embed.weight.to(x.dtype)).float()  # (B, T, V)
+
+    def n_params(self) -> int:
+        """Weights in all, the tied embedding counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Forward and backward FLOPs a training token: 6 a matrix weight, plus causal attention over seq_len."""
+        matrices = sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        return 6 * matrices + 6 * self.config.n_layers * self.config.d_model * self.config.seq_len
+
+    @torch.no_grad()
+    def generate(self, prompt: Tensor, max_tokens: int, *, generators: Sequence[torch.Generator],
+                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Iterator[Tensor]:
+        """Yield the tokens that follow prompt (B, T), one (B,) at a time, at most until seq_len is full.
+
+        Row i draws from generators[i] alone, so a row does not depend on the rows beside it.
+        """
+        B, T = prompt.shape
+        assert len(generators) == B, f"{len(generators)} generators for {B} rows"
+        end = min(T + max_tokens, self.config.seq_len)
+        cache = KVCache(self.config, B, end, prompt.device, self.compute_dtype)
+        tokens = prompt
+        for _ in range(end - T):
+            logits = self(tokens, cache=cache)[:, -1]  # (B, V)
+            tokens = sample(logits, generators, temperature, top_k, top_p)[:, None]  # (B, 1)
+            yield tokens[:, 0]
+
+
+def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: float, top_k: int, top_p: float):
+    """Draw a token a row from logits (B, V): (B,).
+
+    temperature 0 takes the likeliest; top_k > 0 keeps the k likeliest; top_p < 1 keeps the smallest set of
+    tokens whose probabilities reach p (arXiv 1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        sorted_probs, order = probs.sort(-1, descending=True)
+        outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the first token always stays
+        probs = probs.masked_fill(outside.scatter(1, order, outside), 0)
+    rows = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)]
+    return torch.cat(rows)
