@@ -1,0 +1,442 @@
+"""What the scripts share: configuration, device, schedules, run folder, checkpoints, metrics."""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse.typing import register_type
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+RUNS = Path("runs")
+
+
+class UserError(Exception):
+    """What the user asked for cannot be done; the message is one line with value, place and remedy."""
+
+
+class Count(int):
+    """A whole number that may be written 300k, 20M, 1B or 1e6."""
+
+    def __new__(cls, value):
+        if isinstance(value, str):
+            match = re.fullmatch(r"\s*(-?[0-9._]+(?:e\+?[0-9]+)?)\s*([kMB]?)\s*", value)
+            number = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else math.nan
+            if number != number or number != int(number):
+                raise ValueError(f"{value!r} is no count: write a whole number such as 500000, 300k, 20M or 1B")
+            value = number
+        return super().__new__(cls, value)
+
+
+register_type(Count, serializer=int, deserializer=Count)
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+# -------------------------------------------------------------------------------------------------- configuration
+
+# What may differ between a run and its resumption: it changes where and how often, not what is trained.
+MACHINE_KEYS = {"resume", "device", "dtype", "compile", "micro_batch", "save_every", "eval_every", "log_every",
+                "wandb", "gpu_hourly_usd"}
+
+
+def load_config(config_class, argv: list[str] | None = None):
+    """The dataclass filled from its defaults, then `--config FILE.yaml`, then flags.
+
+    With `--resume`, the run's own config.yaml comes before the file and the flags. Raises UserError.
+    """
+    script = sys.modules[config_class.__module__]
+    parser = ArgumentParser(prog=Path(script.__file__).name, description=script.__doc__.split("\n\n")[0],
+                            allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_class_arguments(config_class, as_positional=True)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # --resume alone means --resume true
+            action.nargs, action.const = "?", True
+    try:
+        values = parser.parse_args(argv)
+        if values.get("resume"):
+            saved = RUNS / str(values.run) / "config.yaml"
+            parser.default_config_files = [str(saved)] if saved.exists() else []
+            values = parser.parse_args(argv)
+        values.pop("config")
+        return config_class(**vars(parser.instantiate(values)))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(one_line(str(error), parser)) from error
+
+
+def one_line(message: str, parser: ArgumentParser) -> str:
+    """A parser's message on one line, with the nearest key where an unknown one was given."""
+    message = re.sub(r"Parser key \"(.*?)\":", r"--\1:", message)
+    message = message.replace("Not of type Count: ", "")
+    message = re.sub(r"Does not validate against any.*?Errors:", "", message, flags=re.S)
+    unknown = re.search(r"(?:unrecognized arguments: --|does not accept option '|Option ')([\w.]+)", message)
+    if unknown:
+        keys = [action.dest for action in parser._actions]
+        group = re.search(r"Group '(\w+)'", message)
+        name = f"{group[1]}.{unknown[1]}" if group else unknown[1]
+        near = difflib.get_close_matches(name, keys, n=1)
+        message += f" - did you mean {near[0]}?" if near else " - see --help for the settings there are"
+    return " ".join(message.split())
+
+
+def run_script(config_class, main) -> None:
+    """Run main on the command line's configuration; a UserError is one line and exit code 2."""
+    try:
+        main(load_config(config_class))
+    except UserError as error:
+        sys.exit(fail(str(error), 2))
+    except torch.OutOfMemoryError as error:
+        sys.exit(fail(f"out of memory: {str(error).splitlines()[0]} Lower --micro_batch: batch and results stay "
+                      "the same, with more accumulation.", 2))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted", 130))
+
+
+def fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def to_plain(cfg) -> dict:
+    """The config as plain nested dicts of numbers and strings, for YAML and comparison."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def check_positive(cfg, *names: str) -> None:
+    for name in names:
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"--{name} is {getattr(cfg, name)}: it must be positive")
+
+
+# --------------------------------------------------------------------------------------------------------- device
+
+# Dense bf16 tensor-core peaks in FLOP/s, from the makers' data sheets.
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "L40S": 362e12, "L4": 121e12,
+             "RTX 3090": 71e12, "A10G": 70e12}
+
+
+def resolve_device(cfg) -> torch.device:
+    """Replace `auto` in cfg.device, cfg.dtype and cfg.compile by what this machine has, and return the device."""
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(cfg.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from error
+    if cfg.dtype == "auto":  # emulated bf16, as on a T4, is slower than fp32
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        cfg.dtype = "bfloat16" if native else "float32"
+    if cfg.compile == "auto":
+        cfg.compile = device.type == "cuda"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where something is left in fp32
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """The device's peak in FLOP/s for this dtype, or None where it is not known: no MFU is better than a wrong one."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_BF16.items() if re.search(rf"\b{key}\b", name)), None)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory of the device in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory this process held so far: on the GPU if it is on one, else its resident set; in 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def matmul_flops(device: torch.device) -> float:
+    """fp32 matrix FLOP/s of the device, measured in a fraction of a second."""
+    x = torch.randn(1024, 1024, device=device)
+    x @ x
+    start = time.perf_counter()
+    for _ in range(5):
+        x @ x
+    return 5 * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+class Clock:
+    """Seconds of training: runs from start() to stop(), counted once the device has done its work."""
+
+    def __init__(self, device: torch.device, seconds: float = 0.0):
+        self.device, self.seconds, self.began = device, seconds, None
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def start(self) -> None:
+        self.began = self.now()
+
+    def stop(self) -> None:
+        self.seconds += self.now() - self.began
+
+
+# ------------------------------------------------------------------------------------------------------ schedules
+
+
+def trapezoid(progress: float, warmup: float, cooldown: float, floor: float) -> float:
+    """Learning-rate factor at progress in (0, 1]: up over `warmup`, 1, then straight down to `floor` over `cooldown`.
+
+    Warm-up and cooldown are fractions of the budget (arXiv 2405.18392). The first step has progress 1 / steps, so
+    that it is never 0, the last has 1.
+    """
+    rise = progress / warmup if warmup else 1.0
+    fall = floor + (1 - floor) * (1 - progress) / cooldown if cooldown else 1.0
+    return min(1.0, rise, fall)
+
+
+def ramp(progress: float, start: float, end: float, length: float) -> float:
+    """From start to end in a straight line over the first `length` of the budget, then end."""
+    return start + (end - start) * min(1.0, progress / length) if length else end
+
+
+def milestones(steps: int, fraction: float) -> set[int]:
+    """The steps at which a multiple of `fraction` of the budget is reached, and the last; 0: the last alone."""
+    return {steps} | {math.ceil(k * fraction * steps - 1e-9) for k in range(1, int(1 / fraction) + 1 if fraction else 1)}
+
+
+# ----------------------------------------------------------------------------------------------------- run folder
+
+
+def check_run(cfg) -> Path:
+    """The folder runs/NAME, if cfg may use it: a new one, or with cfg.resume one of the same settings. Raises UserError."""
+    if cfg.run == "auto":
+        cfg.run = f"{Path(sys.modules[type(cfg).__module__].__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not re.fullmatch(r"\w[\w.+-]*", cfg.run):
+        raise UserError(f"--run {cfg.run!r} is no name: use letters, digits, '.', '_', '+', '-'")
+    run = RUNS / cfg.run
+    if not cfg.resume:
+        if run.exists():
+            raise UserError(f"{run} exists: go on with --resume, choose another --run, or delete the folder")
+        return run
+    if not (run / "config.yaml").exists():
+        raise UserError(f"--resume: there is no run at {run}; leave --resume away to start it")
+    now, saved = flatten(to_plain(cfg)), flatten(yaml.safe_load((run / "config.yaml").read_text()))
+    for key in now:
+        if now[key] != saved.get(key) and key not in MACHINE_KEYS:
+            raise UserError(f"--resume with --{key} {now[key]}, but {run}/config.yaml has {saved.get(key)}: leave it away, "
+                            "or start another run")
+    return run
+
+
+def open_run(cfg, run: Path) -> None:
+    """Make the folder if need be, with the resolved config.yaml, and note in env.json what runs where."""
+    if not run.exists():
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "samples").mkdir()
+        plain = {key: value for key, value in to_plain(cfg).items() if key != "resume"}
+        write_text(run / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+    env = {**git_state(), "torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count(),
+           "device": device_name(torch.device(cfg.device)), "command": sys.argv}
+    write_text(run / "env.json", json.dumps(env, indent=2))
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{'model': {'d_ff': 8}} -> {'model.d_ff': 8}."""
+    flat = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def git_state() -> dict:
+    """Commit of the code that runs and whether its files differ from it; commit None outside a git checkout."""
+    def git(*args):
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except FileNotFoundError:
+        return {"commit": None, "dirty": None}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict) -> Path:
+    """Write checkpoints/STEP under a temporary name, sync, rename; keep the newest two. state must hold `step`."""
+    folder = run / "checkpoints" / f"{state['step']:07d}"
+    tmp = folder.with_name(f".{folder.name}.tmp")
+    for leftover in folder.parent.glob(".*.tmp"):
+        shutil.rmtree(leftover)
+    tmp.mkdir()
+    save_file(model.state_dict(), tmp / "model.safetensors")
+    torch.save([o.state_dict() for o in optimizers], tmp / "optimizer.pt")
+    (tmp / "state.json").write_text(json.dumps(state, indent=2))
+    for file in (*tmp.iterdir(), tmp):
+        sync(file)
+    if folder.exists():
+        shutil.rmtree(folder)
+    tmp.rename(folder)
+    sync(folder.parent)
+    for old in checkpoints(run)[:-2]:
+        shutil.rmtree(old)
+    return folder
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir())
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> dict:
+    """Fill model and optimizers from a checkpoint folder and return its state. Raises UserError."""
+    remedy = f"delete {folder} to go on from the checkpoint before it"
+    try:
+        weights = load_file(folder / "model.safetensors")
+        state = json.loads((folder / "state.json").read_text())
+        moments = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu") if optimizers else []
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
+        raise UserError(f"{folder} is damaged ({str(error).splitlines()[0]}): {remedy}") from error
+    have = {name: tuple(w.shape) for name, w in weights.items()}
+    want = {name: tuple(w.shape) for name, w in model.state_dict().items()}
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            raise UserError(f"{folder} is of another shape: {name} is {have.get(name)}, the model's is {want.get(name)}; "
+                            "set model.* as in the run's config.yaml")
+    model.load_state_dict(weights)
+    for optimizer, saved in zip(optimizers, moments):
+        optimizer.load_state_dict(saved)
+    return state
+
+
+# -------------------------------------------------------------------------------------------------------- metrics
+
+
+class Metrics:
+    """metrics.jsonl, the terminal and, if asked for, wandb. On a terminal a bar stands for the progress lines."""
+
+    def __init__(self, run: Path, cfg, step: int, steps: int):
+        kept = [row for row in read_metrics(run) if row["step"] <= step]  # what followed the checkpoint comes again
+        write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = (run / "metrics.jsonl").open("a", buffering=1)
+        self.tty, self.wandb = sys.stderr.isatty(), None
+        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.tty)
+        if cfg.wandb:
+            import wandb
+            self.wandb = wandb.init(project="blueberry", name=cfg.run, dir=run, config=to_plain(cfg))
+
+    def row(self, **row) -> None:
+        """Add a row; it must have `step`."""
+        self.file.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+
+    def progress(self, step: int, text: str) -> None:
+        """Show how far training is."""
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(text) if self.tty else print(f"step {step}/{self.bar.total} | {text}", flush=True)
+
+    def line(self, text: str) -> None:
+        tqdm.write(text) if self.tty else print(text, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The rows of metrics.jsonl; a last row cut short by a kill is left out."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path} line {number} is no JSON: mend or delete that line") from error
+    return rows
+
+
+def duration(seconds: float) -> str:
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"
+
+
+def plot_loss(run: Path) -> None:
+    """Draw the training and validation losses of metrics.jsonl against tokens as loss.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    rows = read_metrics(run)
+    train, val = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
+    fig, ax = plt.subplots(figsize=(8, 5), dpi=120)
+    ax.plot([r["tokens"] for r in train], [r["loss"] for r in train], lw=0.8, alpha=0.6, label="train")
+    ax.plot([r["tokens"] for r in val], [r["val_loss"] for r in val], "o-", label="validation")
+    for r in val:
+        ax.annotate(f"{r['val_loss']:.3f}", (r["tokens"], r["val_loss"]), (0, 6), textcoords="offset points", ha="center")
+    ax.set(xlabel="tokens", ylabel="loss (nats per token)", title=run.name)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(run / "loss.png")
+    plt.close(fig)
+
+
+class Interrupt:
+    """Within it SIGINT and SIGTERM set `code` for the loop to stop after its step; a second one stops at once."""
+
+    def __enter__(self):
+        self.code, self.before = 0, {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame) -> None:
+        self.code = 128 + number
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
