@@ -1,0 +1,67 @@
+"""Tokenizers: from the hub, from a local folder, or a byte-level BPE trained on the data source."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import tokenizers
+import transformers
+
+from common import UserError
+from data.text import DataConfig, digest, documents, end_of_text, held_out, in_validation, reason, request
+
+BPE_CHARACTERS = 50_000_000  # text a BPE is trained on; more changes little and takes minutes
+
+
+def load_tokenizer(cfg: DataConfig):
+    """The tokenizer that cfg names, kept in the cache so that hub or training is needed once. Raises UserError."""
+    name, cache = cfg.tokenizer, Path(cfg.cache) / "tokenizers"
+    if name.startswith("bpe-"):
+        folder = cache / f"{name}-{digest(request(cfg, 'train', name))}"
+        if not folder.is_dir():
+            save(train_bpe(cfg), folder)
+    else:
+        folder = Path(name) if Path(name).is_dir() else cache / name.replace("/", "--")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+    except Exception as error:  # the hub client and the parsers raise dozens of kinds
+        raise UserError(f"cannot load tokenizer {name}: {reason(error)}; without network give a local folder with "
+                        "tokenizer.json, or bpe-8192 to train one") from error
+    if not tokenizer.is_fast or end_of_text(tokenizer) is None:
+        raise UserError(f"tokenizer {name} must have a tokenizer.json and an eos or bos token")
+    if not folder.is_dir():
+        save(tokenizer, folder)
+    return tokenizer
+
+
+def save(tokenizer, folder: Path) -> None:
+    tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    tokenizer.save_pretrained(tmp)
+    tmp.rename(folder)
+
+
+def train_bpe(cfg: DataConfig):
+    """A byte-level BPE (arXiv 1508.07909) of the source's training documents. Raises UserError."""
+    size = cfg.tokenizer.removeprefix("bpe-")
+    if not size.isdigit() or not 257 <= int(size) <= 65_536:
+        raise UserError(f"--data.tokenizer {cfg.tokenizer}: the size must be from 257 to 65536, as in bpe-8192")
+    print(f"training a tokenizer of {size} entries", flush=True)
+
+    def texts() -> Iterator[str]:
+        left = BPE_CHARACTERS
+        for row in documents(cfg.source, cfg.text_column, {}):
+            if "input_ids" in row:
+                raise UserError(f"--data.tokenizer {cfg.tokenizer}: data source {cfg.source} holds ids, not text")
+            if not in_validation(row, held_out(cfg)):
+                yield row[cfg.text_column]
+                left -= len(row[cfg.text_column])
+            if left <= 0:
+                return
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(texts(), tokenizers.trainers.BpeTrainer(
+        vocab_size=int(size), special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
