@@ -1,0 +1,135 @@
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, flags, script
+
+import generate
+import train_llm
+from common import Count, UserError, check_run, load_config, milestones, open_run, ramp, to_plain, trapezoid
+from model import Llama
+from tools import bench
+
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+
+
+@pytest.mark.parametrize("written, number", [("20M", 20_000_000), ("300k", 300_000), ("1B", 10**9), ("1.5M", 1_500_000),
+                                             ("8_192", 8192), ("1e6", 10**6), (7, 7)])
+def test_counts(written, number):
+    assert Count(written) == number
+
+
+@pytest.mark.parametrize("written", ["20X", "1.5", "M", "", "1e-3", "20MM"])
+def test_what_is_no_count(written):
+    with pytest.raises(ValueError, match="is no count"):
+        Count(written)
+
+
+def test_flags_go_before_the_file_and_the_file_before_defaults(workdir):
+    Path("c.yaml").write_text("tokens: 20M\nadamw_wd: 3e-4\nmodel:\n  n_layers: 3\n  d_ff: 64\n")
+    cfg = load_config(train_llm.Config, ["--config", "c.yaml", "--model.d_ff", "96", "--muon_lr", "1e-2"])
+    assert (cfg.tokens, cfg.adamw_wd, cfg.muon_lr, cfg.model.n_layers, cfg.model.d_ff) == (20_000_000, 3e-4, 0.01, 3, 96)
+    assert cfg.model.n_heads == train_llm.Config().model.n_heads
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_makes_a_model(path):
+    cfg = load_config(train_llm.Config, ["--config", str(path)])
+    assert train_llm.resolve_recipe(cfg) > 100
+    with torch.device("meta"):
+        assert Llama(cfg.model).n_params() < 90e6
+
+
+def test_88m_file_says_what_the_defaults_are():
+    assert load_config(train_llm.Config, ["--config", str(ROOT / "configs/llm_88m.yaml")]) == train_llm.Config()
+
+
+def test_resolved_config_of_a_run_gives_the_same_run(workdir):
+    cfg = load_config(train_llm.Config, flags(muon_lr=3e-4, run="a"))
+    train_llm.resolve_recipe(cfg)
+    open_run(cfg, check_run(cfg))
+    again = load_config(train_llm.Config, ["--config", "runs/a/config.yaml"])
+    train_llm.resolve_recipe(again)
+    assert to_plain(again) == to_plain(cfg) and "auto" not in (cfg.muon_wd, cfg.adamw_lr, cfg.adamw_beta2)
+
+
+BAD = {
+    "--modle.n_layers=3": "modle.n_layers", "--model.n_layer=3": "did you mean model.n_layers?",
+    "--tokens=20X": "'20X' is no count", "--model.n_layers=2.5": "--model.n_layers: Expected a <class 'int'>. Got value: 2.5",
+    "--muon_lr=fast": "--muon_lr: ", "--tokens=-5": "--tokens is -5", "--tokens=0": "--tokens is 0",
+    "--model.d_ff=0": "model.d_ff is 0", "--model.n_kv_heads=3": "n_heads 4 is not divisible by model.n_kv_heads 3",
+    "--model.vocab_size=70000": "uint16", "--batch_tokens=100": "100 is not divisible by --model.seq_len 32",
+    "--micro_batch=3": "3 does not divide the 4 sequences", "--micro_batch=0": "--micro_batch is 0",
+    "--config=none.yaml": "none.yaml", "--cooldown_frac=2": "--cooldown_frac 2.0 is no share", "--device=gpu": "--device gpu",
+    "--run=a/b": "'a/b' is no name", "--tokens=100": "less than one step", "--data.val_fraction=1": "val_fraction",
+    "--data.source=none.parquet": "none.parquet", "--data.tokenizer=bpe-5": "257", "--model.vocab_size=299": "--model.vocab_size is 299",
+    "--tokens=1M": "lower the budget to", "--run=taken": "--resume, choose another --run", "--data.val_source=empty.txt": "empty.txt",
+    "--seed=-1": "--seed is -1",
+}
+
+
+@pytest.mark.parametrize("flag", BAD)
+def test_bad_input_is_one_clear_line(workdir, flag):
+    Path("runs/taken").mkdir(parents=True)
+    Path("empty.txt").write_text("")
+    with pytest.raises(UserError) as error:
+        train_llm.main(load_config(train_llm.Config, [*flags(run="new"), flag]))
+    assert BAD[flag] in str(error.value) and "\n" not in str(error.value)
+    assert not Path("runs/new").exists() and not list(Path("runs/taken").iterdir())
+
+
+def test_unknown_key_in_a_file_is_refused(workdir):
+    Path("c.yaml").write_text("model:\n  n_layer: 3\n")
+    with pytest.raises(UserError, match="n_layer.*did you mean model.n_layers"):
+        load_config(train_llm.Config, ["--config", "c.yaml"])
+
+
+def test_bad_input_ends_a_script_with_one_line_and_code_2(workdir):
+    done = script("train_llm.py", "--tokens", "20X")
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: --tokens: .*'20X' is no count: .*\n", done.stderr)
+
+
+def test_help_lists_every_setting_with_its_default(workdir):
+    done = script("train_llm.py", "--help")
+    for field in dataclasses.fields(train_llm.Config):
+        assert f"--{field.name}" in done.stdout
+    assert "--model.n_layers" in done.stdout and "Query heads. (type: int, default: 8)" in " ".join(done.stdout.split())
+
+
+def test_schedules():
+    factors = [trapezoid(step / 100, 0.1, 0.4, 0.05) for step in range(1, 101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9:60] == [1.0] * 51 and factors[-1] == pytest.approx(0.05)
+    assert all(a > b for a, b in zip(factors[60:], factors[61:])) and all(a < b for a, b in zip(factors[:9], factors[1:]))
+    assert [trapezoid(step / 100, 0, 0, 0) for step in range(1, 101)] == [1.0] * 100
+    assert [ramp(p, 0.85, 0.95, 0.2) for p in (0.1, 0.2, 1.0)] == pytest.approx([0.9, 0.95, 0.95])
+    assert ramp(0.01, 0.85, 0.95, 0) == 0.95
+
+
+def test_milestones():
+    assert milestones(244, 0.25) == {61, 122, 183, 244}
+    assert milestones(10, 0.1) == set(range(1, 11)) and milestones(7, 0) == {7} and milestones(3, 0.1) == {1, 2, 3}
+
+
+def test_recipe_follows_the_budget():
+    small, large = train_llm.Config(), train_llm.Config(tokens=Count("1B"))
+    assert (train_llm.resolve_recipe(small), train_llm.resolve_recipe(large)) == (488, 61_035)
+    assert small.muon_lr == 0.024 and 0.006 < large.muon_lr < 0.009 and small.adamw_lr == 0.006
+    assert small.muon_lr * small.muon_wd * 488 == pytest.approx(4) == large.muon_lr * large.muon_wd * 61_035
+    assert small.adamw_beta2 ** (1e6 / 16_384) == pytest.approx(0.5) == large.adamw_beta2 ** (5e6 / 16_384)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "train_llm.py",
+                                  ROOT / "generate.py", ROOT / "tools/bench.py"], ids=lambda path: path.name)
+def test_commands_in_the_docs_are_understood(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r"python (train_llm\.py|generate\.py|-m tools\.bench)((?:[^\n`#|\\]|\\\n)*)", page.read_text())
+    assert commands or page.parent.name == "docs"
+    for name, rest in commands:
+        config = {"train_llm.py": train_llm, "generate.py": generate, "-m tools.bench": bench}[name].Config
+        arguments = [a for a in shlex.split(rest.replace("\\\n", " ")) if a not in ("--resume", "--help")]
+        load_config(config, arguments)

@@ -1,0 +1,298 @@
+"""Train the language model on streamed web text and measure its validation loss.
+
+    python train_llm.py --tokens 20M                              # 88M parameters, one GPU
+    python train_llm.py --config configs/llm_demo.yaml            # minutes on a laptop, no GPU, no network
+    python train_llm.py --run NAME --resume                       # go on where NAME stopped
+    python train_llm.py --data.source 'books/*.txt' --data.tokenizer bpe-8192 --model.vocab_size 8192
+"""
+
+import json
+import math
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from common import (Clock, Count, Interrupt, Metrics, UserError, check_positive, check_run, checkpoints, device_name, duration,
+                    fail, git_state, load_checkpoint, matmul_flops, memory_bytes, milestones, open_run, peak_flops, peak_memory_gb,
+                    plot_loss, ramp, read_metrics, resolve_device, run_script, save_checkpoint, trapezoid, write_text)
+from data.text import DataConfig, Tokens, batches, eval_windows, prepare
+from data.tokenizer import load_tokenizer
+from generate import write_samples
+from model import Llama, ModelConfig
+from muon import build_optimizers
+
+
+@dataclass
+class Config:
+    """Settings of a run. `auto` is filled in and printed at the start."""
+    run: str = "auto"
+    """Name of the run's folder under runs/."""
+    resume: bool = False
+    """Go on from the run's newest checkpoint."""
+    tokens: Count = Count("8M")
+    """Budget: tokens to train on. The benchmarks are 8M, 20M, 100M and 1B."""
+    batch_tokens: Count = Count(16_384)
+    """Tokens a step."""
+    allow_repeat: bool = False
+    """Go through the data again when there is less than the budget, instead of stopping with an error."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and the samples."""
+    muon_lr: float | Literal["auto"] = "auto"
+    """Peak learning rate of the blocks' matrices; auto: 0.024 up to 20M tokens, then falling with tokens^(-1/3)."""
+    muon_wd: float | Literal["auto"] = "auto"
+    """Weight decay of the same; auto: 4 / (muon_lr * steps), so that the whole run decays by about e^-4 at peak rate."""
+    adamw_lr: float | Literal["auto"] = "auto"
+    """Peak learning rate of embeddings and norms; auto: muon_lr / 4."""
+    adamw_wd: float = 0.0
+    """Weight decay of the same."""
+    adamw_beta2: float | Literal["auto"] = "auto"
+    """Decay of AdamW's second moment; auto: a half-life of an eighth of the budget, at most 5M tokens."""
+    warmup_frac: float = 0.0
+    """Share of the budget over which the learning rate rises."""
+    cooldown_frac: float = 0.6
+    """Share of the budget over which it falls at the end."""
+    lr_floor: float = 0.05
+    """What it falls to, as a share of the peak."""
+    momentum_warmup_frac: float | Literal["auto"] = "auto"
+    """Share of the budget over which Muon's momentum rises from 0.85 to 0.95; auto: 0.15, at most 300 steps."""
+    grad_clip: float = 0.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+    eval_every: float = 0.25
+    """Share of the budget between evaluations; 0 evaluates at the end only."""
+    eval_tokens: Count = Count("1M")
+    """Validation tokens scored by an evaluation, spread evenly over those prepared."""
+    save_every: float = 0.1
+    """Share of the budget between checkpoints; 0 saves at the end only."""
+    log_every: int | Literal["auto"] = "auto"
+    """Steps between printed lines; auto: some 50 lines a run. metrics.jsonl has every step."""
+    sample_prompts: list[str] = field(default_factory=lambda: ["The reason why the sky is blue is", "Once upon a time"])
+    """Prompts continued at every evaluation."""
+    sample_tokens: int = 64
+    """Length of those continuations."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the computation, weights stay float32; auto: bfloat16 where the device has it."""
+    compile: bool | Literal["auto"] = "auto"
+    """Use torch.compile; auto: on a GPU."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Sequences a forward pass; less needs less memory, the batch stays the same. auto: from the device's memory."""
+    gpu_hourly_usd: float = 0.0
+    """Price of the machine, for cost_usd in summary.json."""
+    wandb: bool = False
+    """Log to Weights & Biases too."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+def resolve_recipe(cfg: Config) -> int:
+    """Fill in what the budget decides and return the number of steps. Raises UserError."""
+    check_positive(cfg, "tokens", "batch_tokens", "eval_tokens")
+    if cfg.batch_tokens % cfg.model.seq_len:
+        raise UserError(f"--batch_tokens {cfg.batch_tokens} is not divisible by --model.seq_len {cfg.model.seq_len}")
+    steps = cfg.tokens // cfg.batch_tokens
+    if steps < 1:
+        raise UserError(f"--tokens {cfg.tokens} is less than one step of --batch_tokens {cfg.batch_tokens}")
+    if cfg.seed < 0:
+        raise UserError(f"--seed is {cfg.seed}: it must not be negative")
+    for name in ("warmup_frac", "cooldown_frac", "lr_floor", "eval_every", "save_every"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise UserError(f"--{name} {getattr(cfg, name)} is no share: it must lie between 0 and 1")
+    if cfg.muon_lr == "auto":
+        cfg.muon_lr = 0.024 * min(1.0, 20e6 / cfg.tokens) ** (1 / 3)
+    if cfg.muon_wd == "auto":
+        cfg.muon_wd = 4 / (cfg.muon_lr * steps)
+    if cfg.adamw_lr == "auto":
+        cfg.adamw_lr = cfg.muon_lr / 4
+    if cfg.adamw_beta2 == "auto":
+        cfg.adamw_beta2 = 0.5 ** (cfg.batch_tokens / min(5e6, cfg.tokens / 8))
+    if cfg.momentum_warmup_frac == "auto":
+        cfg.momentum_warmup_frac = min(0.15, 300 / steps)
+    if cfg.log_every == "auto":
+        cfg.log_every = max(1, steps // 50)
+    return steps
+
+
+def resolve_micro_batch(cfg: Config, device: torch.device) -> None:
+    """Fill in cfg.micro_batch by what the device holds. Raises UserError."""
+    sequences, m = cfg.batch_tokens // cfg.model.seq_len, cfg.model
+    if cfg.micro_batch == "auto":
+        floats = m.seq_len * (m.n_layers * (14 * m.d_model + 3 * m.d_ff) + 8 * m.d_model)  # kept for the backward pass
+        fits = 0.5 * memory_bytes(device) / (floats * torch.finfo(getattr(torch, cfg.dtype)).bits / 8)
+        fits = fits if device.type == "cuda" else min(fits, 1024 / m.seq_len)  # more outgrows a CPU's caches
+        cfg.micro_batch = max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= max(1, fits))
+    check_positive(cfg, "micro_batch")
+    if sequences % cfg.micro_batch:
+        raise UserError(f"--micro_batch {cfg.micro_batch} does not divide the {sequences} sequences of a step "
+                        f"(batch_tokens {cfg.batch_tokens} / seq_len {m.seq_len})")
+
+
+def backward(model, windows: torch.Tensor, micro_batch: int) -> torch.Tensor:
+    """Accumulate the gradient of the mean loss over windows (N, T + 1); return that loss."""
+    total = torch.zeros((), device=windows.device)
+    parts = windows.split(micro_batch)
+    for part in parts:
+        loss = model(part[:, :-1], part[:, 1:]) / len(parts)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+@torch.no_grad()
+def evaluate(model, windows: torch.Tensor, micro_batch: int, device: torch.device) -> float:
+    """Mean loss in nats per token over windows (N, T + 1)."""
+    total = 0.0
+    for part in windows.split(micro_batch):
+        part = part.to(device)
+        total += model(part[:, :-1], part[:, 1:]).item() * len(part)
+    return total / len(windows)
+
+
+def main(cfg: Config) -> dict:
+    """Train as cfg says and return the summary. Raises UserError."""
+    # ---- set-up
+    steps = resolve_recipe(cfg)
+    device = resolve_device(cfg)
+    resolve_micro_batch(cfg, device)
+    run = check_run(cfg)
+    if (run / "summary.json").exists():
+        print(f"{run} is finished; delete the folder to train it anew")
+        return json.loads((run / "summary.json").read_text())
+    seq_len, batch = cfg.model.seq_len, cfg.batch_tokens // cfg.model.seq_len
+
+    # ---- data
+    tokenizer = load_tokenizer(cfg.data)
+    if len(tokenizer) > cfg.model.vocab_size:
+        raise UserError(f"tokenizer {cfg.data.tokenizer} has {len(tokenizer)} entries, --model.vocab_size is "
+                        f"{cfg.model.vocab_size}: set it to {len(tokenizer)} or more")
+    val = Tokens(prepare(cfg.data, "val", cfg.data.val_tokens, tokenizer), limit=cfg.data.val_tokens)
+    val_windows = eval_windows(val, seq_len, cfg.eval_tokens // seq_len)
+    train = Tokens(prepare(cfg.data, "train", steps * cfg.batch_tokens + 1, tokenizer))
+    available = (len(train) - 1) // seq_len
+    n_windows = min(steps * batch, available)
+    if n_windows < steps * batch and not cfg.allow_repeat or n_windows < 1:
+        raise UserError(f"--tokens {cfg.tokens}: the data source holds only {len(train)} tokens; lower the budget to "
+                        f"{available * seq_len}, give more data, or set --allow_repeat true for {steps * batch / max(1, available):.1f} passes")
+    open_run(cfg, run)
+    tokenizer.save_pretrained(run / "tokenizer")
+
+    # ---- model
+    model = Llama(cfg.model, compute_dtype=getattr(torch, cfg.dtype))
+    model.init_weights(torch.Generator().manual_seed(cfg.seed))
+    model.to(device)
+    forward = torch.compile(model, dynamic=False) if cfg.compile else model
+
+    # ---- optimizers
+    muon, adamw = optimizers = build_optimizers(
+        model, muon_lr=cfg.muon_lr, muon_wd=cfg.muon_wd, adamw_lr=cfg.adamw_lr, adamw_wd=cfg.adamw_wd,
+        adamw_beta2=cfg.adamw_beta2, dtype=model.compute_dtype, compile=cfg.compile)
+
+    # ---- resume
+    state = {"step": 0, "train_seconds": 0.0}
+    if saved := checkpoints(run):
+        state = load_checkpoint(saved[-1], model, optimizers)
+    first, clock = state["step"], Clock(device, state["train_seconds"])
+    matrices = sum(p.numel() for group in muon.param_groups for p in group["params"])
+    print(f"""run {run}, {f"resumed at step {first}" if first else "from scratch"}
+device {device_name(device)}, {cfg.dtype}, {"compiled" if cfg.compile else "not compiled"}
+model {model.n_params():,} parameters, {matrices:,} with Muon, the others with AdamW
+data {steps * cfg.batch_tokens:,} tokens to train on, {n_windows * seq_len:,} different ones; validation {val_windows[:, 1:].numel():,} of {len(val):,}
+steps {steps} of {cfg.batch_tokens:,} tokens: {batch} sequences of {seq_len}, {cfg.micro_batch} at a time
+recipe muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, adamw_lr {cfg.adamw_lr:.4g}, adamw_beta2 {cfg.adamw_beta2:.5g}""")
+    if device.type == "cpu":
+        # 0.5: what training reaches of the matrix speed, docs/LOG.md
+        hours = (steps - first) * cfg.batch_tokens * model.flops_per_token() / (0.5 * matmul_flops(device)) / 3600
+        if hours > 0.5:
+            print(f"no GPU: this takes about {hours:.1f} hours here; --config configs/llm_demo.yaml takes minutes")
+
+    # ---- warm-up
+    if cfg.compile:
+        before = deepcopy([model.state_dict(), *(o.state_dict() for o in optimizers)])
+        for _ in range(2):
+            backward(forward, train.windows(range(cfg.micro_batch), seq_len).to(device), cfg.micro_batch)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        evaluate(forward, val_windows[:cfg.micro_batch], cfg.micro_batch, device)
+        for part, saved_part in zip([model, *optimizers], before):
+            part.load_state_dict(saved_part)
+
+    # ---- loop
+    metrics = Metrics(run, cfg, first, steps)
+    peak = peak_flops(device, cfg.dtype)
+
+    def evaluate_now(step: int) -> None:
+        loss = evaluate(forward, val_windows, cfg.micro_batch, device)
+        bpb = loss / math.log(2) / val.bytes_per_token
+        metrics.row(step=step, tokens=step * cfg.batch_tokens, val_loss=loss, val_bpb=bpb)
+        metrics.line(f"val {step}/{steps} | loss {loss:.4f} | bpb {bpb:.4f}")
+        if cfg.sample_prompts:
+            write_samples(run / "samples" / f"{step:07d}.txt", model, tokenizer, cfg.sample_prompts, cfg.sample_tokens, cfg.seed)
+
+    evals, saves = milestones(steps, cfg.eval_every), milestones(steps, cfg.save_every)
+    if first in evals and not any(row["step"] == first and "val_loss" in row for row in read_metrics(run)):
+        evaluate_now(first)  # the run stopped between saving and evaluating
+    mark = first, clock.seconds
+    with Interrupt() as interrupt:
+        clock.start()
+        for step, windows in enumerate(batches(train, first, steps, batch=batch, seq_len=seq_len, n_windows=n_windows,
+                                               seed=cfg.seed, device=device), start=first + 1):
+            factor = trapezoid(step / steps, cfg.warmup_frac, cfg.cooldown_frac, cfg.lr_floor)
+            for group in (*muon.param_groups, *adamw.param_groups):
+                group["lr"] = group["peak_lr"] * factor
+            for group in muon.param_groups:
+                group["momentum"] = ramp(step / steps, 0.85, 0.95, cfg.momentum_warmup_frac)
+            loss = backward(forward, windows, cfg.micro_batch)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            loss, norm = torch.stack([loss, norm]).tolist()
+            if not math.isfinite(loss + norm):
+                raise UserError(f"loss {loss}, gradient norm {norm} at step {step}: stopped before the weights changed; "
+                                f"the last checkpoint is {[None, *checkpoints(run)][-1]}; try a lower --muon_lr")
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            metrics.row(step=step, tokens=step * cfg.batch_tokens, loss=loss, grad_norm=norm, lr=cfg.muon_lr * factor)
+
+            log, save = step % cfg.log_every == 0 or step == steps, step in saves or interrupt.code
+            if not (log or save or step in evals):
+                continue
+            clock.stop()  # what follows is not training
+            if log:
+                seconds = (clock.seconds - mark[1]) / (step - mark[0])
+                mark, speed = (step, clock.seconds), cfg.batch_tokens / seconds
+                mfu = f"{speed * model.flops_per_token() / peak:.1%}" if peak else "-"
+                metrics.progress(step, f"{step / steps:.0%} | {step * cfg.batch_tokens / 1e6:.2f}M tok | loss {loss:.4f} | "
+                                 f"lr {cfg.muon_lr * factor:.4g} | gnorm {norm:.3f} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s | "
+                                 f"mfu {mfu} | mem {peak_memory_gb(device):.1f} GB | eta {duration(seconds * (steps - step))}")
+            if save:
+                save_checkpoint(run, model, optimizers, {"step": step, "train_seconds": clock.seconds})
+            if interrupt.code:
+                metrics.close()
+                raise SystemExit(fail(f"stopped at step {step}, saved; go on with --run {cfg.run} --resume", interrupt.code))
+            if step in evals:
+                evaluate_now(step)
+            clock.start()
+
+    # ---- summary
+    metrics.close()
+    plot_loss(run)
+    rows = read_metrics(run)
+    tail = [r["loss"] for r in rows if "loss" in r and r["step"] > 0.95 * steps]
+    speed = steps * cfg.batch_tokens / clock.seconds
+    summary = {
+        **next({k: r[k] for k in ("val_loss", "val_bpb")} for r in reversed(rows) if "val_loss" in r),
+        "train_loss": sum(tail) / len(tail), "tokens": steps * cfg.batch_tokens, "steps": steps, "params": model.n_params(),
+        "seed": cfg.seed, "train_seconds": clock.seconds, "tokens_per_second": speed,
+        "mfu": speed * model.flops_per_token() / peak if peak else None, "peak_memory_gb": peak_memory_gb(device),
+        "device": device_name(device), **git_state(), "cost_usd": clock.seconds / 3600 * cfg.gpu_hourly_usd,
+        "val_tokens": val_windows[:, 1:].numel(), "train_sha256": train.sha256, "val_sha256": val.sha256,
+    }
+    write_text(run / "summary.json", json.dumps(summary, indent=2))
+    print("\n".join(f"{key}: {value}" for key, value in summary.items()))
+    return summary
+
+
+if __name__ == "__main__":
+    run_script(Config, main)
