@@ -28,7 +28,7 @@ RUNS = Path("runs")
 
 
 class UserError(Exception):
-    """What the user asked for cannot be done; the message is one line with value, place and remedy."""
+    """What the user asked for cannot be done: one line with value, place and remedy."""
 
 
 class Count(int):
@@ -36,9 +36,9 @@ class Count(int):
 
     def __new__(cls, value):
         if isinstance(value, str):
-            match = re.fullmatch(r"\s*(-?[0-9._]+(?:e\+?[0-9]+)?)\s*([kMB]?)\s*", value)
+            match = re.fullmatch(r"(-?\d[\d_]*(?:\.\d+)?(?:e\+?\d+)?)([kMB]?)", value.strip())
             number = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else math.nan
-            if number != number or number != int(number):
+            if not number.is_integer():
                 raise ValueError(f"{value!r} is no count: write a whole number such as 500000, 300k, 20M or 1B")
             value = number
         return super().__new__(cls, value)
@@ -49,7 +49,6 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 # -------------------------------------------------------------------------------------------------- configuration
-
 # What may differ between a run and its resumption: it changes where and how often, not what is trained.
 MACHINE_KEYS = {"resume", "device", "dtype", "compile", "micro_batch", "save_every", "eval_every", "log_every",
                 "wandb", "gpu_hourly_usd"}
@@ -82,15 +81,13 @@ def load_config(config_class, argv: list[str] | None = None):
 
 def one_line(message: str, parser: ArgumentParser) -> str:
     """A parser's message on one line, with the nearest key where an unknown one was given."""
-    message = re.sub(r"Parser key \"(.*?)\":", r"--\1:", message)
-    message = message.replace("Not of type Count: ", "")
+    message = re.sub(r"Parser key \"(.*?)\":", r"--\1:", message).replace("Not of type Count: ", "")
     message = re.sub(r"Does not validate against any.*?Errors:", "", message, flags=re.S)
     unknown = re.search(r"(?:unrecognized arguments: --|does not accept option '|Option ')([\w.]+)", message)
     if unknown:
-        keys = [action.dest for action in parser._actions]
         group = re.search(r"Group '(\w+)'", message)
         name = f"{group[1]}.{unknown[1]}" if group else unknown[1]
-        near = difflib.get_close_matches(name, keys, n=1)
+        near = difflib.get_close_matches(name, [action.dest for action in parser._actions], n=1)
         message += f" - did you mean {near[0]}?" if near else " - see --help for the settings there are"
     return " ".join(message.split())
 
@@ -100,17 +97,16 @@ def run_script(config_class, main) -> None:
     try:
         main(load_config(config_class))
     except UserError as error:
-        sys.exit(fail(str(error), 2))
+        stop(str(error), 2)
     except torch.OutOfMemoryError as error:
-        sys.exit(fail(f"out of memory: {str(error).splitlines()[0]} Lower --micro_batch: batch and results stay "
-                      "the same, with more accumulation.", 2))
+        stop(f"out of memory ({str(error).splitlines()[0]}); lower --micro_batch: the batch stays, in more pieces", 2)
     except KeyboardInterrupt:
-        sys.exit(fail("interrupted", 130))
+        stop("interrupted", 130)
 
 
-def fail(message: str, code: int) -> int:
+def stop(message: str, code: int):
     print(f"error: {message}", file=sys.stderr)
-    return code
+    sys.exit(code)
 
 
 def to_plain(cfg) -> dict:
@@ -125,14 +121,13 @@ def check_positive(cfg, *names: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- device
-
 # Dense bf16 tensor-core peaks in FLOP/s, from the makers' data sheets.
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "L40S": 362e12, "L4": 121e12,
              "RTX 3090": 71e12, "A10G": 70e12}
 
 
 def resolve_device(cfg) -> torch.device:
-    """Replace `auto` in cfg.device, cfg.dtype and cfg.compile by what this machine has, and return the device."""
+    """Replace `auto` in cfg.device, cfg.dtype and, if it has it, cfg.compile by what this machine has; the device."""
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -143,7 +138,7 @@ def resolve_device(cfg) -> torch.device:
     if cfg.dtype == "auto":  # emulated bf16, as on a T4, is slower than fp32
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.dtype = "bfloat16" if native else "float32"
-    if cfg.compile == "auto":
+    if getattr(cfg, "compile", None) == "auto":
         cfg.compile = device.type == "cuda"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where something is left in fp32
@@ -153,7 +148,7 @@ def resolve_device(cfg) -> torch.device:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
@@ -165,7 +160,6 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory of the device in all."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -175,25 +169,16 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory this process held so far: on the GPU if it is on one, else its resident set; in 10^9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def matmul_flops(device: torch.device) -> float:
-    """fp32 matrix FLOP/s of the device, measured in a fraction of a second."""
-    x = torch.randn(1024, 1024, device=device)
-    x @ x
-    start = time.perf_counter()
-    for _ in range(5):
-        x @ x
-    return 5 * 2 * 1024**3 / (time.perf_counter() - start)
+    if Path("/proc/self/status").exists():  # Linux: ru_maxrss would begin with what the parent process held
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 class Clock:
-    """Seconds of training: runs from start() to stop(), counted once the device has done its work."""
+    """Seconds between start() and stop(), summed up; the device's work is waited for."""
 
     def __init__(self, device: torch.device, seconds: float = 0.0):
-        self.device, self.seconds, self.began = device, seconds, None
+        self.device, self.seconds, self.began = device, seconds, 0.0
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -208,8 +193,6 @@ class Clock:
 
 
 # ------------------------------------------------------------------------------------------------------ schedules
-
-
 def trapezoid(progress: float, warmup: float, cooldown: float, floor: float) -> float:
     """Learning-rate factor at progress in (0, 1]: up over `warmup`, 1, then straight down to `floor` over `cooldown`.
 
@@ -232,11 +215,11 @@ def milestones(steps: int, fraction: float) -> set[int]:
 
 
 # ----------------------------------------------------------------------------------------------------- run folder
-
-
 def check_run(cfg) -> Path:
-    """The folder runs/NAME, if cfg may use it: a new one, or with cfg.resume one of the same settings. Raises UserError."""
+    """The folder runs/NAME if cfg may use it: a new one, or with cfg.resume one of the same settings. Raises UserError."""
     if cfg.run == "auto":
+        if cfg.resume:
+            raise UserError("--resume needs the name of a run: --run NAME")
         cfg.run = f"{Path(sys.modules[type(cfg).__module__].__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not re.fullmatch(r"\w[\w.+-]*", cfg.run):
         raise UserError(f"--run {cfg.run!r} is no name: use letters, digits, '.', '_', '+', '-'")
@@ -278,11 +261,11 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 def git_state() -> dict:
     """Commit of the code that runs and whether its files differ from it; commit None outside a git checkout."""
     def git(*args):
-        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+        here = Path(__file__).parent
+        return subprocess.check_output(["git", *args], cwd=here, text=True, stderr=subprocess.DEVNULL).strip()
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except FileNotFoundError:
+    except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
 
 
@@ -294,15 +277,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-def sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict) -> Path:
+def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict) -> None:
     """Write checkpoints/STEP under a temporary name, sync, rename; keep the newest two. state must hold `step`."""
     folder = run / "checkpoints" / f"{state['step']:07d}"
     tmp = folder.with_name(f".{folder.name}.tmp")
@@ -312,15 +287,12 @@ def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict) 
     save_file(model.state_dict(), tmp / "model.safetensors")
     torch.save([o.state_dict() for o in optimizers], tmp / "optimizer.pt")
     (tmp / "state.json").write_text(json.dumps(state, indent=2))
-    for file in (*tmp.iterdir(), tmp):
-        sync(file)
-    if folder.exists():
-        shutil.rmtree(folder)
+    for file in tmp.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
     tmp.rename(folder)
-    sync(folder.parent)
     for old in checkpoints(run)[:-2]:
         shutil.rmtree(old)
-    return folder
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -330,13 +302,13 @@ def checkpoints(run: Path) -> list[Path]:
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> dict:
     """Fill model and optimizers from a checkpoint folder and return its state. Raises UserError."""
-    remedy = f"delete {folder} to go on from the checkpoint before it"
     try:
         weights = load_file(folder / "model.safetensors")
         state = json.loads((folder / "state.json").read_text())
         moments = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu") if optimizers else []
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
-        raise UserError(f"{folder} is damaged ({str(error).splitlines()[0]}): {remedy}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder} is damaged ({reason}): delete it to go on from the one before") from error
     have = {name: tuple(w.shape) for name, w in weights.items()}
     want = {name: tuple(w.shape) for name, w in model.state_dict().items()}
     for name in sorted(have.keys() | want.keys()):
@@ -350,8 +322,6 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> di
 
 
 # -------------------------------------------------------------------------------------------------------- metrics
-
-
 class Metrics:
     """metrics.jsonl, the terminal and, if asked for, wandb. On a terminal a bar stands for the progress lines."""
 
@@ -387,33 +357,23 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl; a last row cut short by a kill is left out."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
+    """The rows of metrics.jsonl, up to one that a kill cut short."""
+    path, found = run / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path} line {number} is no JSON: mend or delete that line") from error
-    return rows
-
-
-def duration(seconds: float) -> str:
-    seconds = round(seconds)
-    hours, minutes = seconds // 3600, seconds // 60 % 60
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
 
 
 def plot_loss(run: Path) -> None:
     """Draw the training and validation losses of metrics.jsonl against tokens as loss.png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     rows = read_metrics(run)
     train, val = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
-    fig, ax = plt.subplots(figsize=(8, 5), dpi=120)
+    fig = Figure(figsize=(8, 5), dpi=120, layout="tight")
+    ax = fig.subplots()
     ax.plot([r["tokens"] for r in train], [r["loss"] for r in train], lw=0.8, alpha=0.6, label="train")
     ax.plot([r["tokens"] for r in val], [r["val_loss"] for r in val], "o-", label="validation")
     for r in val:
@@ -421,9 +381,7 @@ def plot_loss(run: Path) -> None:
     ax.set(xlabel="tokens", ylabel="loss (nats per token)", title=run.name)
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.tight_layout()
     fig.savefig(run / "loss.png")
-    plt.close(fig)
 
 
 class Interrupt:

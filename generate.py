@@ -41,8 +41,7 @@ class Config:
     device: str = "auto"
     """cpu, cuda, ...; auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the computation."""
-    compile: Literal[False] = False
+    """Dtype of the computation; auto: bfloat16 where the device has it."""
 
 
 def load_run(name: str, cfg) -> tuple[Llama, object]:

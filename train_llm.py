@@ -8,15 +8,18 @@
 
 import json
 import math
+import time
 from copy import deepcopy
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Literal
 
 import torch
 
-from common import (Clock, Count, Interrupt, Metrics, UserError, check_positive, check_run, checkpoints, device_name, duration,
-                    fail, git_state, load_checkpoint, matmul_flops, memory_bytes, milestones, open_run, peak_flops, peak_memory_gb,
-                    plot_loss, ramp, read_metrics, resolve_device, run_script, save_checkpoint, trapezoid, write_text)
+from common import (Clock, Count, Interrupt, Metrics, UserError, check_positive, check_run, checkpoints, device_name,
+                    git_state, load_checkpoint, memory_bytes, milestones, open_run, peak_flops, peak_memory_gb,
+                    plot_loss, ramp, read_metrics, resolve_device, run_script, save_checkpoint, stop, trapezoid,
+                    write_text)
 from data.text import DataConfig, Tokens, batches, eval_windows, prepare
 from data.tokenizer import load_tokenizer
 from generate import write_samples
@@ -42,7 +45,7 @@ class Config:
     muon_lr: float | Literal["auto"] = "auto"
     """Peak learning rate of the blocks' matrices; auto: 0.024 up to 20M tokens, then falling with tokens^(-1/3)."""
     muon_wd: float | Literal["auto"] = "auto"
-    """Weight decay of the same; auto: 4 / (muon_lr * steps), so that the whole run decays by about e^-4 at peak rate."""
+    """Weight decay of the same; auto: 4 / (muon_lr * steps), so that at the peak rate a run decays by e^-4."""
     adamw_lr: float | Literal["auto"] = "auto"
     """Peak learning rate of embeddings and norms; auto: muon_lr / 4."""
     adamw_wd: float = 0.0
@@ -95,11 +98,6 @@ def resolve_recipe(cfg: Config) -> int:
     steps = cfg.tokens // cfg.batch_tokens
     if steps < 1:
         raise UserError(f"--tokens {cfg.tokens} is less than one step of --batch_tokens {cfg.batch_tokens}")
-    if cfg.seed < 0:
-        raise UserError(f"--seed is {cfg.seed}: it must not be negative")
-    for name in ("warmup_frac", "cooldown_frac", "lr_floor", "eval_every", "save_every"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise UserError(f"--{name} {getattr(cfg, name)} is no share: it must lie between 0 and 1")
     if cfg.muon_lr == "auto":
         cfg.muon_lr = 0.024 * min(1.0, 20e6 / cfg.tokens) ** (1 / 3)
     if cfg.muon_wd == "auto":
@@ -112,6 +110,13 @@ def resolve_recipe(cfg: Config) -> int:
         cfg.momentum_warmup_frac = min(0.15, 300 / steps)
     if cfg.log_every == "auto":
         cfg.log_every = max(1, steps // 50)
+    check_positive(cfg, "muon_lr", "adamw_lr", "log_every", "sample_tokens")
+    for name in ("seed", "muon_wd", "adamw_wd", "grad_clip"):
+        if getattr(cfg, name) < 0:
+            raise UserError(f"--{name} is {getattr(cfg, name)}: it must not be negative")
+    for name in ("warmup_frac", "cooldown_frac", "lr_floor", "eval_every", "save_every", "adamw_beta2"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise UserError(f"--{name} {getattr(cfg, name)} is no share: it must lie between 0 and 1")
     return steps
 
 
@@ -138,6 +143,16 @@ def backward(model, windows: torch.Tensor, micro_batch: int) -> torch.Tensor:
         loss.backward()
         total += loss.detach()
     return total
+
+
+def matmul_flops(device: torch.device) -> float:
+    """fp32 matrix FLOP/s of the device, measured in a fraction of a second."""
+    x = torch.randn(1024, 1024, device=device)
+    x @ x
+    start = time.perf_counter()
+    for _ in range(5):
+        x @ x
+    return 5 * 2 * 1024**3 / (time.perf_counter() - start)
 
 
 @torch.no_grad()
@@ -167,14 +182,15 @@ def main(cfg: Config) -> dict:
     if len(tokenizer) > cfg.model.vocab_size:
         raise UserError(f"tokenizer {cfg.data.tokenizer} has {len(tokenizer)} entries, --model.vocab_size is "
                         f"{cfg.model.vocab_size}: set it to {len(tokenizer)} or more")
-    val = Tokens(prepare(cfg.data, "val", cfg.data.val_tokens, tokenizer), limit=cfg.data.val_tokens)
+    needed = steps * cfg.batch_tokens + 1  # the last input has a target too
+    val = Tokens(prepare(cfg.data, "val", cfg.data.val_tokens, tokenizer))
     val_windows = eval_windows(val, seq_len, cfg.eval_tokens // seq_len)
-    train = Tokens(prepare(cfg.data, "train", steps * cfg.batch_tokens + 1, tokenizer))
-    available = (len(train) - 1) // seq_len
-    n_windows = min(steps * batch, available)
-    if n_windows < steps * batch and not cfg.allow_repeat or n_windows < 1:
+    train = Tokens(prepare(cfg.data, "train", needed, tokenizer), limit=needed)
+    n_windows = (len(train) - 1) // seq_len
+    passes = steps * batch / max(1, n_windows)
+    if n_windows < 1 or passes > 1 and not cfg.allow_repeat:
         raise UserError(f"--tokens {cfg.tokens}: the data source holds only {len(train)} tokens; lower the budget to "
-                        f"{available * seq_len}, give more data, or set --allow_repeat true for {steps * batch / max(1, available):.1f} passes")
+                        f"{n_windows * seq_len}, give more data, or set --allow_repeat for {passes:.1f} passes")
     open_run(cfg, run)
     tokenizer.save_pretrained(run / "tokenizer")
 
@@ -182,7 +198,7 @@ def main(cfg: Config) -> dict:
     model = Llama(cfg.model, compute_dtype=getattr(torch, cfg.dtype))
     model.init_weights(torch.Generator().manual_seed(cfg.seed))
     model.to(device)
-    forward = torch.compile(model, dynamic=False) if cfg.compile else model
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
 
     # ---- optimizers
     muon, adamw = optimizers = build_optimizers(
@@ -195,29 +211,30 @@ def main(cfg: Config) -> dict:
         state = load_checkpoint(saved[-1], model, optimizers)
     first, clock = state["step"], Clock(device, state["train_seconds"])
     matrices = sum(p.numel() for group in muon.param_groups for p in group["params"])
-    print(f"""run {run}, {f"resumed at step {first}" if first else "from scratch"}
-device {device_name(device)}, {cfg.dtype}, {"compiled" if cfg.compile else "not compiled"}
-model {model.n_params():,} parameters, {matrices:,} with Muon, the others with AdamW
-data {steps * cfg.batch_tokens:,} tokens to train on, {n_windows * seq_len:,} different ones; validation {val_windows[:, 1:].numel():,} of {len(val):,}
-steps {steps} of {cfg.batch_tokens:,} tokens: {batch} sequences of {seq_len}, {cfg.micro_batch} at a time
-recipe muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, adamw_lr {cfg.adamw_lr:.4g}, adamw_beta2 {cfg.adamw_beta2:.5g}""")
+    print(f"run {run}, {f'resumed at step {first}' if first else 'from scratch'}\n"
+          f"device {device_name(device)}, {cfg.dtype}, {'compiled' if cfg.compile else 'not compiled'}\n"
+          f"model {model.n_params():,} parameters, {matrices:,} with Muon, the others with AdamW\n"
+          f"data {len(train):,} tokens, {passes:.2f} passes; validation on {val_windows[:, 1:].numel():,} of {len(val):,}\n"
+          f"steps {steps} of {cfg.batch_tokens:,} tokens: {batch} sequences of {seq_len}, {cfg.micro_batch} at a time\n"
+          f"recipe muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, adamw_lr {cfg.adamw_lr:.4g}, "
+          f"adamw_beta2 {cfg.adamw_beta2:.5g}", flush=True)
     if device.type == "cpu":
         # 0.5: what training reaches of the matrix speed, docs/LOG.md
         hours = (steps - first) * cfg.batch_tokens * model.flops_per_token() / (0.5 * matmul_flops(device)) / 3600
         if hours > 0.5:
-            print(f"no GPU: this takes about {hours:.1f} hours here; --config configs/llm_demo.yaml takes minutes")
+            print(f"no GPU: about {hours:.1f} hours here; --config configs/llm_demo.yaml takes minutes", flush=True)
 
     # ---- warm-up
     if cfg.compile:
         before = deepcopy([model.state_dict(), *(o.state_dict() for o in optimizers)])
         for _ in range(2):
-            backward(forward, train.windows(range(cfg.micro_batch), seq_len).to(device), cfg.micro_batch)
+            backward(forward, torch.zeros(cfg.micro_batch, seq_len + 1, dtype=torch.long, device=device), cfg.micro_batch)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
         evaluate(forward, val_windows[:cfg.micro_batch], cfg.micro_batch, device)
-        for part, saved_part in zip([model, *optimizers], before):
-            part.load_state_dict(saved_part)
+        for part, state_dict in zip([model, *optimizers], before):
+            part.load_state_dict(state_dict)
 
     # ---- loop
     metrics = Metrics(run, cfg, first, steps)
@@ -229,7 +246,8 @@ recipe muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, adamw_lr {cfg.adamw
         metrics.row(step=step, tokens=step * cfg.batch_tokens, val_loss=loss, val_bpb=bpb)
         metrics.line(f"val {step}/{steps} | loss {loss:.4f} | bpb {bpb:.4f}")
         if cfg.sample_prompts:
-            write_samples(run / "samples" / f"{step:07d}.txt", model, tokenizer, cfg.sample_prompts, cfg.sample_tokens, cfg.seed)
+            samples = run / "samples" / f"{step:07d}.txt"
+            write_samples(samples, model, tokenizer, cfg.sample_prompts, cfg.sample_tokens, cfg.seed)
 
     evals, saves = milestones(steps, cfg.eval_every), milestones(steps, cfg.save_every)
     if first in evals and not any(row["step"] == first and "val_loss" in row for row in read_metrics(run)):
@@ -245,7 +263,9 @@ recipe muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, adamw_lr {cfg.adamw
             for group in muon.param_groups:
                 group["momentum"] = ramp(step / steps, 0.85, 0.95, cfg.momentum_warmup_frac)
             loss = backward(forward, windows, cfg.micro_batch)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            if cfg.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
             loss, norm = torch.stack([loss, norm]).tolist()
             if not math.isfinite(loss + norm):
                 raise UserError(f"loss {loss}, gradient norm {norm} at step {step}: stopped before the weights changed; "
@@ -263,14 +283,16 @@ recipe muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, adamw_lr {cfg.adamw
                 seconds = (clock.seconds - mark[1]) / (step - mark[0])
                 mark, speed = (step, clock.seconds), cfg.batch_tokens / seconds
                 mfu = f"{speed * model.flops_per_token() / peak:.1%}" if peak else "-"
-                metrics.progress(step, f"{step / steps:.0%} | {step * cfg.batch_tokens / 1e6:.2f}M tok | loss {loss:.4f} | "
-                                 f"lr {cfg.muon_lr * factor:.4g} | gnorm {norm:.3f} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s | "
-                                 f"mfu {mfu} | mem {peak_memory_gb(device):.1f} GB | eta {duration(seconds * (steps - step))}")
+                eta = timedelta(seconds=round(seconds * (steps - step)))
+                metrics.progress(step, (
+                    f"{step / steps:.0%} | {step * cfg.batch_tokens / 1e6:.2f}M tok | loss {loss:.4f} | "
+                    f"lr {cfg.muon_lr * factor:.4g} | gnorm {norm:.3f} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s | "
+                    f"mfu {mfu} | mem {peak_memory_gb(device):.1f} GB | eta {eta}"))
             if save:
                 save_checkpoint(run, model, optimizers, {"step": step, "train_seconds": clock.seconds})
             if interrupt.code:
                 metrics.close()
-                raise SystemExit(fail(f"stopped at step {step}, saved; go on with --run {cfg.run} --resume", interrupt.code))
+                stop(f"stopped at step {step}, saved; go on with --run {cfg.run} --resume", interrupt.code)
             if step in evals:
                 evaluate_now(step)
             clock.start()
@@ -283,7 +305,8 @@ recipe muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, adamw_lr {cfg.adamw
     speed = steps * cfg.batch_tokens / clock.seconds
     summary = {
         **next({k: r[k] for k in ("val_loss", "val_bpb")} for r in reversed(rows) if "val_loss" in r),
-        "train_loss": sum(tail) / len(tail), "tokens": steps * cfg.batch_tokens, "steps": steps, "params": model.n_params(),
+        "train_loss": sum(tail) / len(tail),  # mean over the last 5% of the budget
+        "tokens": steps * cfg.batch_tokens, "steps": steps, "params": model.n_params(),
         "seed": cfg.seed, "train_seconds": clock.seconds, "tokens_per_second": speed,
         "mfu": speed * model.flops_per_token() / peak if peak else None, "peak_memory_gb": peak_memory_gb(device),
         "device": device_name(device), **git_state(), "cost_usd": clock.seconds / 3600 * cfg.gpu_hourly_usd,

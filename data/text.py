@@ -20,16 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from common import Count, UserError, write_text
 
-SHARD_TOKENS = 8_000_000  # a kill costs at most this much tokenizing
+SHARD_TOKENS = 8_000_000  # a kill costs at most this much work
 BATCH_DOCUMENTS = 256  # tokenized at a time: enough to keep all cores busy, little enough for flat memory
 SHUFFLE_BUFFER = 10_000  # documents a stream is shuffled through: corpora lie sorted by origin
-NO_NETWORK = ("without network give local files (--data.source 'folder/*.parquet') or try "
-              "--config configs/llm_demo.yaml, which needs none")
+NO_NETWORK = "without network give local files (--data.source 'folder/*.parquet'), or try --config configs/llm_demo.yaml"
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
 
 
@@ -39,7 +37,7 @@ class DataConfig:
     source: str | dict[str, float] = field(default_factory=lambda: {
         "HuggingFaceTB/smollm-corpus:fineweb-edu-dedup": 0.7, "HuggingFaceTB/smollm-corpus:cosmopedia-v2": 0.3})
     """Where text comes from: a hub dataset NAME or NAME:CONFIG (streamed), a folder, path or glob of .parquet, .jsonl
-    or .txt files, `stdlib` (this Python's standard library), or a mix {source: share of bytes}."""
+    or .txt files, `stdlib` (this Python's standard library), or a mix {source: share of the text}."""
     val_source: str | dict[str, float] | None = None
     """Validation text of its own; null holds out val_fraction of the source's documents."""
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
@@ -49,7 +47,7 @@ class DataConfig:
     val_fraction: float = 0.05
     """Share of documents, chosen by their hash, that validation has to itself."""
     val_tokens: Count = Count("1M")
-    """Validation tokens to prepare at most."""
+    """Validation tokens to prepare, rounded up to whole documents."""
     cache: str = "cache"
     """Folder for token shards and tokenizers."""
 
@@ -61,10 +59,8 @@ class DataConfig:
 
 
 # ------------------------------------------------------------------------------------------------------- documents
-
-
 def documents(source: str | dict[str, float], column: str, revisions: dict[str, str]) -> Iterator[dict]:
-    """Rows of a source, or of a mix whose sources take turns so that each has its share of bytes.
+    """Rows of a source, or of a mix whose sources take turns so that each has its share of the text.
 
     The order depends on the arguments alone. A mix ends with the first of its sources. Raises UserError.
     """
@@ -85,7 +81,8 @@ def documents(source: str | dict[str, float], column: str, revisions: dict[str, 
 def rows(source: str, column: str, revision: str | None) -> Iterator[dict]:
     """Shuffled rows of one source, each with `input_ids` or a text that is not blank. Raises UserError."""
     if source == "stdlib":
-        paths = stdlib_paths()
+        root, skip = Path(sysconfig.get_path("stdlib")), {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+        paths = sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
         random.Random(0).shuffle(paths)
         yield from ({column: text} for p in paths if (text := p.read_text(encoding="utf-8", errors="replace")).strip())
         return
@@ -128,19 +125,13 @@ def local_files(source: str) -> list[str]:
     path = Path(source).expanduser()
     found = [str(p) for p in path.rglob("*") if p.suffix in LOADERS] if path.is_dir() else glob(str(path))
     suffixes = {Path(f).suffix for f in found}
-    if not found and (path.is_dir() or path.suffix in LOADERS or path.is_absolute() or source[0] in ".~"
+    if not found and (path.is_dir() or path.suffix in LOADERS or path.is_absolute() or source[:1] in ("", ".", "~")
                       or any(c in source for c in "*?[")):
         raise UserError(f"data source {source}: there is no such .parquet, .jsonl or .txt file")
     if found and (len(suffixes) > 1 or not suffixes <= LOADERS.keys()):
         raise UserError(f"data source {source} has files of kind {', '.join(sorted(suffixes)) or 'unknown'}: give files "
                         "of one kind, .parquet, .jsonl or .txt")
     return sorted(found)
-
-
-def stdlib_paths() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
 
 
 def in_validation(row: dict, fraction: float) -> bool:
@@ -151,8 +142,6 @@ def in_validation(row: dict, fraction: float) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------- preparation
-
-
 def end_of_text(tokenizer) -> int | None:
     """The id that stands before every document: the tokenizer's eos, or its bos where it has no eos."""
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
@@ -169,7 +158,8 @@ def request(cfg: DataConfig, split: str, tokenizer_hash: str) -> dict:
     files = {name: [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in local_files(name)]
              for name in shares if name != "stdlib"}
     return {"source": source, "files": files, "python": sys.version if "stdlib" in shares else None, "split": split,
-            "held_out": held_out(cfg), "text_column": cfg.text_column, "tokenizer": tokenizer_hash}
+            "held_out": held_out(cfg), "text_column": cfg.text_column, "tokenizer": tokenizer_hash,
+            "val_tokens": cfg.val_tokens if split == "val" else None}  # so that a larger set never stands in for it
 
 
 def digest(value) -> str:
@@ -178,8 +168,7 @@ def digest(value) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
 def prepare(cfg: DataConfig, split: str, tokens: int, tokenizer) -> Path:
@@ -224,8 +213,8 @@ def prepare(cfg: DataConfig, split: str, tokens: int, tokenizer) -> Path:
 def tokenize(batch: list[dict], tokenizer) -> tuple[list[np.ndarray], int]:
     """uint16 ids of each document, end-of-text first, and the bytes of text they stand for together.
 
-    Ready `input_ids` are taken as they are; their bytes are those of the tokens themselves, which is exact for a
-    byte-level BPE, where a character of a token's name is a byte. Raises UserError.
+    Ready `input_ids` stay as they are; their bytes are the characters of the tokens' names, as in every byte-level BPE.
+    Raises UserError.
     """
     texts = [next(iter(row.values())) for row in batch if "input_ids" not in row]
     ready = [row["input_ids"] for row in batch if "input_ids" in row]
@@ -251,8 +240,8 @@ def revisions(wanted: dict) -> dict[str, str]:
         if not files:
             try:
                 found[name] = huggingface_hub.HfApi().dataset_info(name.partition(":")[0]).sha
-            except Exception as error:
-                raise UserError(f"cannot reach the hub for data source {name}: {reason(error)}; {NO_NETWORK}") from error
+            except Exception as error:  # as in rows()
+                raise UserError(f"cannot find data source {name} on the hub: {reason(error)}; {NO_NETWORK}") from error
     return found
 
 
@@ -271,29 +260,30 @@ def read_manifest(folder: Path) -> dict | None:
 
 
 # --------------------------------------------------------------------------------------------------------- batches
-
-
 class Tokens:
-    """The token stream of a prepared folder, memory-mapped; `bytes_per_token` is that of the text behind it.
+    """The first `limit` tokens of a prepared folder, memory-mapped; `sha256` is that of their little-endian uint16.
 
-    Raises UserError if a shard is not the one that was written.
+    Raises UserError if there are none, or if a shard is not the one that was written.
     """
 
     def __init__(self, folder: Path, limit: int | None = None):
         manifest = read_manifest(folder)
         if not manifest["shards"]:
             source, split = manifest["request"]["source"], manifest["request"]["split"]
-            raise UserError(f"data source {source} has no documents for {split}: it is empty, or has so few that none fell "
+            raise UserError(f"data source {source} has no documents for {split}: it is empty, or so small that none fell "
                             "there; give more documents or a --data.val_source")
         for shard in manifest["shards"]:
             path = folder / shard["file"]
             if not path.exists() or file_sha256(path) != shard["sha256"]:
-                raise UserError(f"{path} is damaged (its sha256 is not the manifest's): delete {folder} to prepare it again")
+                raise UserError(f"{path} is damaged (not the sha256 of the manifest): delete {folder} to prepare it again")
         self.shards = [np.memmap(folder / shard["file"], dtype=np.uint16, mode="r") for shard in manifest["shards"]]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-        self.bytes_per_token = manifest["bytes"] / manifest["tokens"]
-        self.sha256 = digest([shard["sha256"] for shard in manifest["shards"]])
+        self.bytes_per_token = manifest["bytes"] / manifest["tokens"]  # of the whole folder
         self.n = min(int(self.starts[-1]), limit or sys.maxsize)
+        sha256 = hashlib.sha256()
+        for start, shard in zip(self.starts, self.shards):
+            sha256.update(shard[:max(0, self.n - start)].data)
+        self.sha256 = sha256.hexdigest()
 
     def __len__(self) -> int:
         return self.n
@@ -308,7 +298,7 @@ class Tokens:
             start, length, i = start + len(part), length - len(part), i + 1
         return np.concatenate(parts).astype(np.int64)
 
-    def windows(self, indices, seq_len: int) -> Tensor:
+    def windows(self, indices, seq_len: int) -> torch.Tensor:
         """Windows of seq_len + 1 tokens at multiples of seq_len: (N, T + 1); inputs [:, :-1], targets [:, 1:]."""
         return torch.from_numpy(np.stack([self.window(int(i) * seq_len, seq_len + 1) for i in indices]))
 
@@ -322,13 +312,14 @@ def batch_indices(step: int, batch: int, n_windows: int, seed: int, rank: int = 
     """Which windows this rank sees at a step: every window once a pass, each pass in an order of its own."""
     assert batch % world == 0, f"batch {batch} over {world} ranks"
     first = step * batch + rank * (batch // world)
-    return [int(permutation(seed, i // n_windows, n_windows)[i % n_windows]) for i in range(first, first + batch // world)]
+    mine = range(first, first + batch // world)
+    return [int(permutation(seed, i // n_windows, n_windows)[i % n_windows]) for i in mine]
 
 
 def batches(tokens: Tokens, first: int, steps: int, *, batch: int, seq_len: int, n_windows: int, seed: int,
-            device: torch.device) -> Iterator[Tensor]:
-    """Batches (batch, T + 1) of steps first to steps - 1 on the device, each read while the one before is used."""
-    def read(step: int) -> Tensor:
+            device: torch.device) -> Iterator[torch.Tensor]:
+    """Batches (batch, T + 1) of steps first to steps - 1 on the device, each read while the last is used."""
+    def read(step: int) -> torch.Tensor:
         windows = tokens.windows(batch_indices(step, batch, n_windows, seed), seq_len)
         return windows.pin_memory() if device.type == "cuda" else windows
     with ThreadPoolExecutor(max_workers=1) as thread:
@@ -339,7 +330,7 @@ def batches(tokens: Tokens, first: int, steps: int, *, batch: int, seq_len: int,
             yield windows.to(device, non_blocking=True)
 
 
-def eval_windows(tokens: Tokens, seq_len: int, count: int) -> Tensor:
+def eval_windows(tokens: Tokens, seq_len: int, count: int) -> torch.Tensor:
     """At most `count` windows of seq_len + 1 tokens, spread evenly over the stream: (N, T + 1). Raises UserError."""
     count = min(count, (len(tokens) - 1) // seq_len)
     if count < 1:

@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import tokenizers
 import transformers
 
 from common import UserError
-from data.text import DataConfig, digest, documents, end_of_text, held_out, in_validation, reason, request
+from data.text import DataConfig, digest, documents, end_of_text, held_out, in_validation, reason, request, revisions
 
 BPE_CHARACTERS = 50_000_000  # text a BPE is trained on; more changes little and takes minutes
 
@@ -23,10 +24,12 @@ def load_tokenizer(cfg: DataConfig):
     else:
         folder = Path(name) if Path(name).is_dir() else cache / name.replace("/", "--")
     try:
+        if not folder.is_dir():
+            huggingface_hub.HfApi().model_info(name)  # fails at once where from_pretrained would retry for minutes
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
     except Exception as error:  # the hub client and the parsers raise dozens of kinds
-        raise UserError(f"cannot load tokenizer {name}: {reason(error)}; without network give a local folder with "
-                        "tokenizer.json, or bpe-8192 to train one") from error
+        raise UserError(f"cannot load tokenizer {name}: {reason(error)}; without network give a local folder "
+                        "with tokenizer.json, or bpe-8192 to train one, or try --config configs/llm_demo.yaml") from error
     if not tokenizer.is_fast or end_of_text(tokenizer) is None:
         raise UserError(f"tokenizer {name} must have a tokenizer.json and an eos or bos token")
     if not folder.is_dir():
@@ -49,7 +52,7 @@ def train_bpe(cfg: DataConfig):
 
     def texts() -> Iterator[str]:
         left = BPE_CHARACTERS
-        for row in documents(cfg.source, cfg.text_column, {}):
+        for row in documents(cfg.source, cfg.text_column, revisions(request(cfg, "train", cfg.tokenizer))):
             if "input_ids" in row:
                 raise UserError(f"--data.tokenizer {cfg.tokenizer}: data source {cfg.source} holds ids, not text")
             if not in_validation(row, held_out(cfg)):

@@ -167,6 +167,7 @@ def test_tokenizer_of_the_hub_is_asked_for_once(cfg, monkeypatch):
     import transformers
     local, load = load_tokenizer(cfg), transformers.AutoTokenizer.from_pretrained
     cfg.tokenizer = "somebody/some-tokenizer"
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name: name)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: local if name == cfg.tokenizer else load(name))
     load_tokenizer(cfg)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
@@ -287,10 +288,9 @@ def test_without_the_hub_errors_name_the_alternatives(cfg, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
     tokenizer = load_tokenizer(cfg)
     cfg.source = "some/dataset"
-    with pytest.raises(UserError, match=r"some/dataset: no route to host; .*parquet.*llm_demo.yaml"):
+    with pytest.raises(UserError, match=r"some/dataset on the hub: no route to host; .*parquet.*llm_demo.yaml"):
         prepare(cfg, "train", 100, tokenizer)
-    import transformers
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     cfg.tokenizer = "some/tokenizer"
     with pytest.raises(UserError, match="some/tokenizer: no route to host.*bpe-8192"):
         load_tokenizer(cfg)

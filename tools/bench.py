@@ -1,6 +1,6 @@
 """Measure this code against others, side by side in one run.
 
-    python -m tools.bench training       # tokens/s against transformers' Apertus of the same shape in a plain AdamW loop
+    python -m tools.bench training       # tokens/s against transformers' Apertus of the same shape with AdamW
     python -m tools.bench loss           # peak memory of the loss and its gradient against one full tensor of logits
 """
 
@@ -68,8 +68,10 @@ def training(cfg: Config, device: torch.device) -> None:
     ours = Llama(cfg.model, compute_dtype=dtype)
     ours.init_weights()
     theirs = apertus(ours).to(device)
+    theirs.model.embed_tokens.weight = theirs.lm_head.weight  # tied as ours: only the speed matters here
     ours.to(device)
-    windows = torch.randint(cfg.model.vocab_size, (cfg.batch_tokens // cfg.model.seq_len, cfg.model.seq_len + 1), device=device)
+    shape = (cfg.batch_tokens // cfg.model.seq_len, cfg.model.seq_len + 1)
+    windows = torch.randint(cfg.model.vocab_size, shape, device=device)
     inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
     forward = torch.compile(ours) if cfg.compile else ours
     their_forward = torch.compile(theirs) if cfg.compile else theirs
@@ -114,8 +116,8 @@ def loss(cfg: Config, device: torch.device) -> float:
     ChunkedCrossEntropy.apply(h, weight, targets).backward()
     used, seconds = peak_memory_gb(device) - before, time.perf_counter() - start
     full = 4 * cfg.loss_tokens * cfg.loss_vocab / 1e9
-    print(f"loss and gradient of {cfg.loss_tokens} x {cfg.loss_vocab}, d_model {d_model}: {used:.2f} GB in {seconds:.1f} s; "
-          f"one fp32 tensor of logits: {full:.2f} GB")
+    print(f"loss and gradient of {cfg.loss_tokens} x {cfg.loss_vocab}, d_model {d_model}: {used:.2f} GB "
+          f"in {seconds:.1f} s; one fp32 tensor of logits: {full:.2f} GB")
     return used
 
 
