@@ -9,7 +9,7 @@ from conftest import ROOT, flags, script
 
 import generate
 import train_llm
-from common import Count, UserError, check_run, load_config, milestones, open_run, ramp, to_plain, trapezoid
+from common import Count, UserError, check_run, load_config, milestones, open_run, ramp, run_script, to_plain, trapezoid
 from model import Llama
 from tools import bench
 
@@ -93,6 +93,15 @@ def test_bad_input_ends_a_script_with_one_line_and_code_2(workdir):
     assert re.fullmatch(r"error: --tokens: .*'20X' is no count: .*\n", done.stderr)
 
 
+def test_out_of_memory_names_the_flag_to_lower(monkeypatch, capsys):
+    def main(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    monkeypatch.setattr("sys.argv", ["train_llm.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(train_llm.Config, main)
+    assert stop.value.code == 2 and re.fullmatch(r"error: out of memory .*lower --micro_batch.*\n", capsys.readouterr().err)
+
+
 def test_help_lists_every_setting_with_its_default(workdir):
     done = script("train_llm.py", "--help")
     for field in dataclasses.fields(train_llm.Config):
@@ -119,6 +128,8 @@ def test_recipe_follows_the_budget():
     assert (train_llm.resolve_recipe(small), train_llm.resolve_recipe(large)) == (488, 61_035)
     assert small.muon_lr == 0.024 and 0.006 < large.muon_lr < 0.009 and small.adamw_lr == 0.006
     assert small.muon_lr * small.muon_wd * 488 == pytest.approx(4) == large.muon_lr * large.muon_wd * 61_035
+    tiny = train_llm.Config(tokens=Count("100k"))
+    assert train_llm.resolve_recipe(tiny) == 6 and tiny.muon_lr * tiny.muon_wd == pytest.approx(0.02)
     assert small.adamw_beta2 ** (1e6 / 16_384) == pytest.approx(0.5) == large.adamw_beta2 ** (5e6 / 16_384)
 
 
