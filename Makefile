@@ -15,7 +15,7 @@ $(STAMP): requirements.txt
 
 demo: setup
 	$(PY) train_llm.py --config configs/llm_demo.yaml --run demo $(if $(wildcard runs/demo),--resume)
-	$(PY) generate.py demo --prompt "def " --max_tokens 120 --n 3 --temperature 0.5
+	$(PY) generate.py demo --prompt "def __init__(self" --max_tokens 120 --n 3 --temperature 0.5
 
 test: setup
 	$(PY) -m pytest -q tests
