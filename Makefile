@@ -9,6 +9,7 @@ setup: $(STAMP)
 
 $(STAMP): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python {sys.version.split()[0]} is too old: 3.11 or newer is needed, name it with make PYTHON=python3.12")'
+	@echo "setting up .venv: a few minutes without a word"
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@

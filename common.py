@@ -105,7 +105,7 @@ def run_script(config_class, main) -> None:
 
 
 def stop(message: str, code: int):
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}" if code == 2 else message, file=sys.stderr)
     sys.exit(code)
 
 

@@ -25,7 +25,8 @@ class Config:
     run: str
     """Name of a run under runs/, a run folder, or one of its checkpoints."""
     prompt: str | None = None
-    """Text to continue; FILE:path reads it from a file, and without it standard input is read."""
+    """Text to continue; FILE:path reads it from a file, and without it standard input is read; a last line
+    break of either is dropped."""
     n: int = 1
     """How many continuations."""
     max_tokens: int = 200
@@ -92,12 +93,11 @@ def continuations(model: Llama, tokenizer, prompt: str, n: int, *, seed: int, ma
     return texts
 
 
-def write_samples(path: Path, model: Llama, tokenizer, prompts: list[str], max_tokens: int, seed: int) -> str:
-    """Write a sampled continuation of each prompt to a file and return it all."""
-    texts = [prompt + continuations(model, tokenizer, prompt, 1, seed=seed, max_tokens=max_tokens, temperature=0.8)[0]
+def write_samples(path: Path, model: Llama, tokenizer, prompts: list[str], max_tokens: int, seed: int) -> None:
+    """Write each prompt with a sampled continuation to a file."""
+    texts = [continuations(model, tokenizer, prompt, 1, seed=seed, max_tokens=max_tokens, temperature=0.8)[0]
              for prompt in prompts]
-    write_text(path, text := "\n\n".join(texts) + "\n")
-    return text
+    write_text(path, "\n".join(f"--- {i}/{len(texts)}\n{p}{text}" for i, (p, text) in enumerate(zip(prompts, texts), 1)) + "\n")
 
 
 def read_prompt(prompt: str | None) -> str:

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK_LOGITS = 2**25  # the loss has this many logits at a time, 128 MB in fp32; 2^21 and 2^23 are no faster on a CPU
+CHUNK_LOGITS = 2**25  # the loss has this many logits at a time, 128 MB in fp32: large for a GPU, good on a CPU, docs/LOG.md
 
 
 @dataclass
 class ModelConfig:
+    """Shape of the model."""
     vocab_size: int = 49_152
     """Rows of the embedding; at least the number of tokenizer entries, at most 65,536."""
     d_model: int = 512
@@ -189,7 +190,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor):
         grad_h, grad_w = ctx.saved_tensors
         scale = grad_loss / len(grad_h)
-        return grad_h * scale.to(grad_h.dtype), grad_w * scale, None
+        return grad_h * scale, grad_w * scale, None
 
 
 class Llama(nn.Module):

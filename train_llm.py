@@ -3,7 +3,7 @@
     python train_llm.py --tokens 20M                              # 88M parameters, one GPU
     python train_llm.py --config configs/llm_demo.yaml            # minutes on a laptop, no GPU, no network
     python train_llm.py --run NAME --resume                       # go on where NAME stopped
-    python train_llm.py --data.source 'books/*.txt' --data.tokenizer bpe-8192 --model.vocab_size 8192
+    python train_llm.py --config configs/llm_small.yaml --data.source 'books/*.txt' --data.val_fraction 0.2
 """
 
 import json
@@ -95,7 +95,8 @@ def resolve_recipe(cfg: Config) -> int:
     """Fill in what the budget decides and return the number of steps. Raises UserError."""
     check_positive(cfg, "tokens", "batch_tokens", "eval_tokens")
     if cfg.batch_tokens % cfg.model.seq_len:
-        raise UserError(f"--batch_tokens {cfg.batch_tokens} is not divisible by --model.seq_len {cfg.model.seq_len}")
+        raise UserError(f"--batch_tokens {cfg.batch_tokens} is not divisible by --model.seq_len {cfg.model.seq_len}: "
+                        f"set it to {(cfg.batch_tokens // cfg.model.seq_len + 1) * cfg.model.seq_len}")
     steps = cfg.tokens // cfg.batch_tokens
     if steps < 1:
         raise UserError(f"--tokens {cfg.tokens} is less than one step of --batch_tokens {cfg.batch_tokens}")

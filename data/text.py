@@ -269,9 +269,9 @@ class Tokens:
     def __init__(self, folder: Path, limit: int | None = None):
         manifest = read_manifest(folder)
         if not manifest["shards"]:
-            source, split = manifest["request"]["source"], manifest["request"]["split"]
-            raise UserError(f"data source {source} has no documents for {split}: it is empty, or so small that none fell "
-                            "there; give more documents or a --data.val_source")
+            source, split, rows = manifest["request"]["source"], manifest["request"]["split"], manifest["rows"]
+            raise UserError(f"none of the {rows} documents in data source {source} is for {split}" + (
+                "; set another --data.val_fraction (0.2, say), or name a --data.val_source" if rows else ": it is empty"))
         for shard in manifest["shards"]:
             path = folder / shard["file"]
             if not path.exists() or file_sha256(path) != shard["sha256"]:

@@ -61,7 +61,7 @@ BAD = {
     "--tokens=20X": "'20X' is no count", "--model.n_layers=2.5": "--model.n_layers: Expected a <class 'int'>. Got value: 2.5",
     "--muon_lr=fast": "--muon_lr: ", "--tokens=-5": "--tokens is -5", "--tokens=0": "--tokens is 0",
     "--model.d_ff=0": "model.d_ff is 0", "--model.n_kv_heads=3": "n_heads 4 is not divisible by model.n_kv_heads 3",
-    "--model.vocab_size=70000": "uint16", "--batch_tokens=100": "100 is not divisible by --model.seq_len 32",
+    "--model.vocab_size=70000": "uint16", "--batch_tokens=100": "100 is not divisible by --model.seq_len 32: set it to 128",
     "--micro_batch=3": "3 does not divide the 4 sequences", "--micro_batch=0": "--micro_batch is 0",
     "--config=none.yaml": "none.yaml", "--cooldown_frac=2": "--cooldown_frac 2.0 is no share", "--device=gpu": "--device gpu",
     "--run=a/b": "'a/b' is no name", "--tokens=100": "less than one step", "--data.val_fraction=1": "val_fraction",

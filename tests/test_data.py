@@ -1,3 +1,4 @@
+import itertools
 import json
 import multiprocessing
 from pathlib import Path
@@ -149,6 +150,19 @@ def test_mix_has_the_shares_asked_for(cfg):
     assert taken["a"] / sum(taken.values()) == pytest.approx(0.7, abs=0.01)
 
 
+def test_an_endless_stream_is_read_no_further_than_needed(cfg, monkeypatch):
+    tokenizer, read = load_tokenizer(cfg), []
+    def endless(*_):
+        for i in itertools.count():
+            read.append(i)
+            yield {"text": f"document {i} of a stream without end"}
+    monkeypatch.setattr(text, "rows", endless)
+    cfg.source = "some/stream"
+    monkeypatch.setattr(text, "revisions", lambda wanted: {})
+    folder = prepare(cfg, "train", 20_000, tokenizer)
+    assert 20_000 <= Tokens(folder).n < 30_000 and len(read) < 2000
+
+
 def test_standard_library_is_a_source(cfg):
     first = [row for row, _ in zip(documents("stdlib", "text", {}), range(20))]
     again = [row for row, _ in zip(documents("stdlib", "text", {}), range(20))]
@@ -246,8 +260,16 @@ def test_bad_sources_are_named_in_one_line(cfg, source, says):
 def test_source_of_blank_documents_is_empty(cfg):
     tokenizer = load_tokenizer(cfg)
     cfg.source, cfg.val_source = bad_source(b'{"text": "  "}\n{"text": null}\n'), "corpus.jsonl"
-    with pytest.raises(UserError, match="bad.jsonl has no documents for train"):
+    with pytest.raises(UserError, match="none of the 0 documents in data source bad.jsonl is for train: it is empty"):
         Tokens(prepare(cfg, "train", 100, tokenizer))
+
+
+def test_too_few_documents_for_validation_names_the_share_to_raise(cfg):
+    tokenizer = load_tokenizer(cfg)
+    Path("three.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(3)))
+    cfg.source, cfg.val_fraction = "three.jsonl", 0.001
+    with pytest.raises(UserError, match="none of the 3 documents in data source three.jsonl is for val; .*val_fraction"):
+        Tokens(prepare(cfg, "val", 100, tokenizer))
 
 
 def test_damage_is_found_and_the_folder_named(cfg):

@@ -44,7 +44,7 @@ def wait_for_step(process: subprocess.Popen, run: str, step: int) -> None:
 
 
 def test_loss_falls_and_the_run_folder_is_whole(workdir, capsys):
-    summary = train(run="a", tokens=11_520, data__val_tokens="2k")
+    summary = train(run="a", tokens=11_520, data__val_tokens="2k", gpu_hourly_usd=36)
     rows = read_metrics(Path("runs/a"))
     train_rows, val_rows = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
     assert [r["step"] for r in train_rows] == list(range(1, 91)) and [r["step"] for r in val_rows] == [23, 45, 68, 90]
@@ -56,7 +56,7 @@ def test_loss_falls_and_the_run_folder_is_whole(workdir, capsys):
             "commit", "dirty", "cost_usd"} <= summary.keys()
     assert summary["train_loss"] == pytest.approx(sum(r["loss"] for r in train_rows[-5:]) / 5)
     assert summary["tokens_per_second"] == pytest.approx(11_520 / summary["train_seconds"])
-    assert summary["train_seconds"] > 0
+    assert summary["cost_usd"] == pytest.approx(0.01 * summary["train_seconds"]) and summary["train_seconds"] > 0
     bytes_per_token = summary["val_loss"] / math.log(2) / summary["val_bpb"]
     assert 1 < bytes_per_token < 6
     assert [p.name for p in checkpoints(Path("runs/a"))] == ["0000081", "0000090"]
