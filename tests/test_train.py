@@ -182,6 +182,7 @@ def test_resume_needs_no_flags_but_the_name(workdir):
     shutil.rmtree(checkpoints(Path("runs/a"))[-1])
     cfg = load_config(train_llm.Config, ["--run", "a", "--resume", "true"])
     assert train_llm.main(cfg)["val_loss"] == summary["val_loss"]
+    assert [step for step, *_ in losses("a")] == list(range(1, 21))  # rows after the checkpoint are not there twice
 
 
 def test_checkpoints_are_whole_or_absent(workdir, monkeypatch):
