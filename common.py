@@ -1,4 +1,4 @@
-"""What the scripts share: configuration, device, schedules, run folder, checkpoints, metrics."""
+"""What the scripts share: configuration, device, schedules, run folder, checkpoints, interruption."""
 
 import dataclasses
 import difflib
@@ -22,7 +22,6 @@ from jsonargparse.typing import register_type
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
 RUNS = Path("runs")
 
@@ -118,6 +117,18 @@ def check_positive(cfg, *names: str) -> None:
     for name in names:
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name} is {getattr(cfg, name)}: it must be positive")
+
+
+def check_not_negative(cfg, *names: str) -> None:
+    for name in names:
+        if getattr(cfg, name) < 0:
+            raise UserError(f"--{name} is {getattr(cfg, name)}: it must not be negative")
+
+
+def check_shares(cfg, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise UserError(f"--{name} {getattr(cfg, name)} is no share: it must lie between 0 and 1")
 
 
 # --------------------------------------------------------------------------------------------------------- device
@@ -277,27 +288,45 @@ def write_text(path: Path, text: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
-def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict) -> None:
-    """Write checkpoints/STEP under a temporary name, sync, rename; keep the newest two. state must hold `step`."""
-    folder = run / "checkpoints" / f"{state['step']:07d}"
+def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, place: str = "checkpoints",
+                    keep: int = 2) -> None:
+    """Write PLACE/STEP under a temporary name, sync, rename; keep the newest of them. state must hold `step`."""
+    folder = run / place / f"{state['step']:07d}"
     tmp = folder.with_name(f".{folder.name}.tmp")
     for leftover in folder.parent.glob(".*.tmp"):
         shutil.rmtree(leftover)
-    tmp.mkdir()
+    tmp.mkdir(parents=True)
     save_file(model.state_dict(), tmp / "model.safetensors")
     torch.save([o.state_dict() for o in optimizers], tmp / "optimizer.pt")
     (tmp / "state.json").write_text(json.dumps(state, indent=2))
     for file in tmp.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+    shutil.rmtree(folder, ignore_errors=True)  # one of a run that was resumed from before it
     tmp.rename(folder)
-    for old in checkpoints(run)[:-2]:
+    for old in checkpoints(run, place)[:-keep]:
         shutil.rmtree(old)
 
 
-def checkpoints(run: Path) -> list[Path]:
+def checkpoints(run: Path, place: str = "checkpoints") -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir())
+    return sorted(path for path in (run / place).glob("[0-9]*") if path.is_dir())
+
+
+def find_run(name: str) -> tuple[Path, Path, dict]:
+    """Run folder, checkpoint and config of a run: its name, its folder, or one of its checkpoints. Raises UserError.
+
+    Of a run that keeps its best weights apart these are taken, otherwise the newest.
+    """
+    path = next((p for p in (Path(name), RUNS / name) if name and p.is_dir()), None)
+    if path is None:
+        known = ", ".join(sorted(p.name for p in RUNS.glob("*") if p.is_dir())) or "none"
+        raise UserError(f"there is no run {name!r}; the runs here are: {known}")
+    run = path if (path / "config.yaml").exists() else path.parent.parent
+    folder = path if run != path else [None, *checkpoints(run), *checkpoints(run, "best")][-1]
+    if folder is None or not (run / "config.yaml").exists():
+        raise UserError(f"{path} has no checkpoint: give a run folder or one of its checkpoints")
+    return run, folder, yaml.safe_load((run / "config.yaml").read_text())
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> dict:
@@ -319,69 +348,6 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> di
     for optimizer, saved in zip(optimizers, moments):
         optimizer.load_state_dict(saved)
     return state
-
-
-# -------------------------------------------------------------------------------------------------------- metrics
-class Metrics:
-    """metrics.jsonl, the terminal and, if asked for, wandb. On a terminal a bar stands for the progress lines."""
-
-    def __init__(self, run: Path, cfg, step: int, steps: int):
-        kept = [row for row in read_metrics(run) if row["step"] <= step]  # what followed the checkpoint comes again
-        write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = (run / "metrics.jsonl").open("a", buffering=1)
-        self.tty, self.wandb = sys.stderr.isatty(), None
-        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.tty)
-        if cfg.wandb:
-            import wandb
-            self.wandb = wandb.init(project="blueberry", name=cfg.run, dir=run, config=to_plain(cfg))
-
-    def row(self, **row) -> None:
-        """Add a row; it must have `step`."""
-        self.file.write(json.dumps(row) + "\n")
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
-
-    def progress(self, step: int, text: str) -> None:
-        """Show how far training is."""
-        self.bar.update(step - self.bar.n)
-        self.bar.set_postfix_str(text) if self.tty else print(f"step {step}/{self.bar.total} | {text}", flush=True)
-
-    def line(self, text: str) -> None:
-        tqdm.write(text) if self.tty else print(text, flush=True)
-
-    def close(self) -> None:
-        self.bar.close()
-        self.file.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl, up to one that a kill cut short."""
-    path, found = run / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
-
-
-def plot_loss(run: Path) -> None:
-    """Draw the training and validation losses of metrics.jsonl against tokens as loss.png."""
-    from matplotlib.figure import Figure
-    rows = read_metrics(run)
-    train, val = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
-    fig = Figure(figsize=(8, 5), dpi=120, layout="tight")
-    ax = fig.subplots()
-    ax.plot([r["tokens"] for r in train], [r["loss"] for r in train], lw=0.8, alpha=0.6, label="train")
-    ax.plot([r["tokens"] for r in val], [r["val_loss"] for r in val], "o-", label="validation")
-    for r in val:
-        ax.annotate(f"{r['val_loss']:.3f}", (r["tokens"], r["val_loss"]), (0, 6), textcoords="offset points", ha="center")
-    ax.set(xlabel="tokens", ylabel="loss (nats per token)", title=run.name)
-    ax.grid(alpha=0.3)
-    ax.legend()
-    fig.savefig(run / "loss.png")
 
 
 class Interrupt:

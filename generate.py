@@ -1,68 +1,106 @@
-"""Write text with a trained model.
+"""Write text or draw pictures with a trained model.
 
     python generate.py NAME --prompt "Once upon a time"           # NAME under runs/, a run folder or a checkpoint
     python generate.py NAME --prompt FILE:story.txt --n 4 --temperature 0.8 --top_p 0.95
     echo "def main" | python generate.py NAME
+    python generate.py NAME --prompt "A photo of a frog" --n 16 --guidance 2 --out frog.png
 """
 
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
+from PIL.PngImagePlugin import PngInfo
 from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from tqdm import tqdm
 
-from common import RUNS, UserError, check_positive, checkpoints, load_checkpoint, resolve_device, run_script, write_text
+from common import (UserError, check_not_negative, check_positive, find_run, load_checkpoint, resolve_device, run_script,
+                    write_text)
+from data.images import sheet, to_uint8
+from data.stream import Stream
 from data.text import end_of_text
-from model import Llama, ModelConfig
+from model import KVCache, Llama, ModelConfig, sample
+from vqvae import VQVAE, VQVAEConfig
 
 
 @dataclass
 class Config:
-    """What to write, and how."""
+    """What to write or draw, and how."""
     run: str
     """Name of a run under runs/, a run folder, or one of its checkpoints."""
     prompt: str | None = None
-    """Text to continue; FILE:path reads it from a file, and without it standard input is read; a last line
-    break of either is dropped."""
+    """Text to continue, or what to draw; FILE:path reads it from a file, and without it standard input is read; a last
+    line break of either is dropped."""
+    kind: Literal["auto", "text", "image"] = "auto"
+    """What to make; auto: pictures if the run can, else text."""
     n: int = 1
-    """How many continuations."""
+    """How many continuations or pictures."""
     max_tokens: int = 200
     """Longest continuation, in tokens; the model's seq_len ends it too."""
-    temperature: float = 0.8
-    """0 always takes the likeliest token, 1 samples from the model's own distribution."""
+    temperature: float | Literal["auto"] = "auto"
+    """0 always takes the likeliest token, 1 samples from the model's own distribution; auto: 0.8 for text, 1 for
+    pictures."""
     top_k: int = 0
     """Sample from the k likeliest tokens; 0 from all."""
     top_p: float = 1.0
     """Sample from the likeliest tokens that together reach this probability."""
+    guidance: float = 2.0
+    """How far pictures follow the prompt: 1 as the model learned it, more goes away from pictures without a prompt, 0
+    does not look at it."""
     seed: int = 0
-    """Continuation i draws with seed + i, so it does not depend on n."""
+    """Continuation or picture i draws with seed + i, so it does not depend on n."""
+    out: str | None = None
+    """PNG file for the picture, or for a sheet of the n, which then lie in a folder of that name; null: in the run's
+    folder drawn/."""
     device: str = "auto"
     """cpu, cuda, ...; auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the computation; auto: bfloat16 where the device has it."""
 
 
-def load_run(name: str, cfg) -> tuple[Llama, object]:
-    """Model and tokenizer of a run (name, folder, or checkpoint folder). Raises UserError."""
+@dataclass
+class Loaded:
+    """A run's model with what belongs to it; vqvae and stream are None unless it draws."""
+    run: Path
+    model: Llama
+    tokenizer: object
+    vqvae: VQVAE | None = None
+    stream: Stream | None = None
+
+
+def load_run(name: str, cfg) -> Loaded:
+    """A text or multimodal run (name, folder, or checkpoint folder) on cfg.device. Raises UserError."""
     import transformers
-    path = next((p for p in (Path(name), RUNS / name) if p.is_dir()), None)
-    if path is None:
-        known = ", ".join(sorted(p.name for p in RUNS.glob("*") if p.is_dir())) or "none"
-        raise UserError(f"there is no run {name!r}; the runs here are: {known}")
-    run = path if (path / "config.yaml").exists() else path.parent.parent
-    folder = path if run != path else [None, *checkpoints(run)][-1]
-    if folder is None or not (run / "config.yaml").exists():
-        raise UserError(f"{path} has no checkpoint: give a run folder or one of its checkpoints")
+    run, folder, config = find_run(name)
+    if "images" in config:
+        raise UserError(f"{run} is a VQ-VAE, which neither writes nor draws by itself: name a run of train_llm.py or "
+                        f"train_multimodal.py --vqvae {run.name}")
     device = resolve_device(cfg)
-    config = yaml.safe_load((run / "config.yaml").read_text())["model"]
-    model = Llama(ModelConfig(**config), compute_dtype=getattr(torch, cfg.dtype))
+    model = Llama(ModelConfig(**config["model"]), compute_dtype=getattr(torch, cfg.dtype))
     load_checkpoint(folder, model)
-    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(run / "tokenizer")
+    loaded = Loaded(run, model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(run / "tokenizer"))
+    if "vqvae" in config:
+        loaded.vqvae = load_vqvae(str(run / "vqvae"), device, model.compute_dtype)
+        loaded.stream = Stream(loaded.tokenizer, loaded.vqvae.config, model.config)
+    return loaded
 
 
+def load_vqvae(name: str, device: torch.device, dtype: torch.dtype) -> VQVAE:
+    """The visual tokenizer of a run of train_vqvae.py. Raises UserError."""
+    run, folder, config = find_run(name)
+    if "images" not in config:
+        raise UserError(f"{run} is no run of train_vqvae.py: name one that is as --vqvae")
+    vqvae = VQVAE(VQVAEConfig(**config["model"]), compute_dtype=dtype)
+    load_checkpoint(folder, vqvae)
+    return vqvae.to(device).eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------- text
 def continuations(model: Llama, tokenizer, prompt: str, n: int, *, seed: int, max_tokens: int, temperature: float,
                   top_k: int = 0, top_p: float = 1.0, out=None) -> list[str]:
     """n continuations of a prompt, each ended by end-of-text or max_tokens; prompt and first go to `out` as it grows.
@@ -76,14 +114,14 @@ def continuations(model: Llama, tokenizer, prompt: str, n: int, *, seed: int, ma
     if out:
         print(prompt, end="", flush=True, file=out)
     device = model.embed.weight.device
-    generators = [torch.Generator(device).manual_seed(seed + i) for i in range(n)]
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
     streams = [DecodeStream(skip_special_tokens=True) for _ in range(n)]
     texts, ended = [""] * n, [False] * n
     for tokens in model.generate(torch.tensor([ids] * n, device=device), max_tokens, generators=generators,
-                                 temperature=temperature, top_k=top_k, top_p=top_p):
+                                 temperature=temperature, top_k=top_k, top_p=top_p, rows=slice(len(tokenizer))):
         for i, token in enumerate(tokens.tolist()):
             ended[i] = ended[i] or token == eot
-            if not ended[i] and token < len(tokenizer):
+            if not ended[i]:
                 piece = (streams[i].step(tokenizer.backend_tokenizer, token) or "").replace("\ufffd", "")
                 texts[i] += piece
                 if out and i == 0:
@@ -100,6 +138,91 @@ def write_samples(path: Path, model: Llama, tokenizer, prompts: list[str], max_t
     write_text(path, "\n".join(f"--- {i}/{len(texts)}\n{p}{text}" for i, (p, text) in enumerate(zip(prompts, texts), 1)) + "\n")
 
 
+# ------------------------------------------------------------------------------------------------------- pictures
+@torch.no_grad()
+def draw_codes(model: Llama, stream: Stream, prompts: list[list[int]], seeds: list[int], *, guidance: float,
+               temperature: float, top_k: int, top_p: float, tick: Callable[[], object] = lambda: None) -> Tensor:
+    """Codes (B, image_tokens) of a picture for each of B prompts of one length: visual words and nothing else.
+
+    Picture i draws from seeds[i] alone. With guidance other than 1 the null prompt is continued beside each prompt, in
+    the same batch, and log-probabilities are null + guidance * (prompt - null) (arXiv 2207.12598).
+    """
+    B, device = len(prompts), model.embed.weight.device
+    halves = [prompts, [stream.null(prompt) for prompt in prompts]] if guidance != 1 else [prompts]
+    tokens = torch.tensor([prompt for half in halves for prompt in half], device=device)  # (B or 2B, T)
+    uniforms = torch.stack([torch.rand(stream.image_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    uniforms, n = uniforms.to(device), tokens.shape[1]
+    positions = stream.positions(torch.full((len(tokens),), n - 1, device=device), n + stream.image_tokens)
+    cache = KVCache(model.config, len(tokens), n + stream.image_tokens, device, model.compute_dtype)
+    codes = torch.empty(B, stream.image_tokens, dtype=torch.long, device=device)
+    for i in range(stream.image_tokens):
+        seen = slice(cache.length, cache.length + tokens.shape[1])
+        logits = model.head(model.hidden(tokens, cache, positions[:, seen])[:, -1], stream.code_rows)  # (B or 2B, K)
+        if guidance != 1:
+            told, null = logits.log_softmax(-1).chunk(2)
+            logits = null + guidance * (told - null)
+        codes[:, i] = sample(logits, uniforms[:, i], temperature, top_k, top_p)
+        tokens = (codes[:, i:i + 1] + stream.first_code).repeat(len(halves), 1)
+        tick()
+    return codes
+
+
+def draw(model: Llama, vqvae: VQVAE, stream: Stream, captions: list[str], seeds: list[int], *, guidance: float = 2.0,
+         temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, batch: int = 64, bar: bool = False) -> Tensor:
+    """A picture for each caption, (N, 3, S, S) in [-1, 1]. Raises UserError for a caption that does not fit."""
+    prompts = [stream.prompt(caption) for caption in captions]
+    codes = torch.empty(len(prompts), stream.image_tokens, dtype=torch.long, device=model.embed.weight.device)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of one length make a batch
+    groups = []
+    for i in order:
+        if not groups or len(groups[-1]) == batch or len(prompts[groups[-1][0]]) != len(prompts[i]):
+            groups.append([])
+        groups[-1].append(i)
+    with tqdm(total=len(groups) * stream.image_tokens, desc="drawing", unit="word", disable=not (bar and sys.stderr.isatty()),
+              leave=False) as progress:
+        for group in groups:
+            codes[group] = draw_codes(model, stream, [prompts[i] for i in group], [seeds[i] for i in group],
+                                      guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p,
+                                      tick=progress.update)
+    grids = codes.view(-1, stream.grid, stream.grid)
+    return torch.cat([vqvae.decode(part) for part in grids.split(batch)])
+
+
+def picture_path(cfg: Config, run: Path, prompt: str) -> Path:
+    """Where the picture goes, a file that can be written. Raises UserError."""
+    name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
+    path = Path(cfg.out) if cfg.out else run / "drawn" / f"{name or 'picture'}-{cfg.seed}.png"
+    if path.suffix != ".png":
+        raise UserError(f"--out {path}: give the name of a .png file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def draw_files(cfg: Config, loaded: Loaded, prompt: str) -> Path:
+    """Draw cfg.n pictures and write them; return the file to look at. Raises UserError."""
+    loaded.stream.prompt(prompt)  # raises before anything is written
+    path = picture_path(cfg, loaded.run, prompt)
+    seeds = [cfg.seed + i for i in range(cfg.n)]
+    pictures = to_uint8(draw(loaded.model, loaded.vqvae, loaded.stream, [prompt] * cfg.n, seeds, guidance=cfg.guidance,
+                             temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, bar=True))
+    for seed, pixels in zip(seeds, pictures):
+        notes = PngInfo()
+        for key, value in {"prompt": prompt, "seed": seed, "guidance": cfg.guidance, "temperature": cfg.temperature,
+                           "top_k": cfg.top_k, "top_p": cfg.top_p, "run": loaded.run.name}.items():
+            notes.add_itxt(key, str(value))
+        file = path if cfg.n == 1 else path.with_suffix("") / f"{seed}.png"
+        file.parent.mkdir(exist_ok=True)
+        sheet(pixels[None], 1, gap=0).save(file, pnginfo=notes)
+    if cfg.n > 1:
+        sheet(pictures, min(cfg.n, 8), heading=prompt).save(path)
+    return path
+
+
 def read_prompt(prompt: str | None) -> str:
     """The prompt itself, the contents of FILE:path, or of standard input. Raises UserError."""
     if prompt is None:
@@ -114,16 +237,28 @@ def read_prompt(prompt: str | None) -> str:
         raise UserError(f"--prompt {prompt} cannot be read: {error}") from error
 
 
-def main(cfg: Config) -> list[str]:
-    """Print and return the continuations. Raises UserError."""
+def main(cfg: Config) -> list[str] | Path:
+    """Print and return continuations, or draw and return the file. Raises UserError."""
     check_positive(cfg, "n", "max_tokens")
-    if cfg.temperature < 0 or cfg.top_k < 0 or not 0 < cfg.top_p <= 1:
-        raise UserError(f"temperature {cfg.temperature}, top_k {cfg.top_k}, top_p {cfg.top_p}: the first two must not be "
-                        "negative, top_p must lie in (0, 1]")
+    check_not_negative(cfg, "top_k", "guidance")
+    if cfg.temperature != "auto" and cfg.temperature < 0 or not 0 < cfg.top_p <= 1:
+        raise UserError(f"temperature {cfg.temperature}, top_p {cfg.top_p}: the first must not be negative, top_p must "
+                        "lie in (0, 1]")
     prompt = read_prompt(cfg.prompt)
-    model, tokenizer = load_run(cfg.run, cfg)
+    loaded = load_run(cfg.run, cfg)
+    draws = loaded.vqvae is not None
+    if not draws and (cfg.kind == "image" or cfg.out):
+        raise UserError(f"{loaded.run} is a language model and cannot draw: name a run of train_multimodal.py, or leave "
+                        "--kind image and --out away")
+    image = draws and cfg.kind != "text"
+    if cfg.temperature == "auto":
+        cfg.temperature = 1.0 if image else 0.8
+    if image:
+        path = draw_files(cfg, loaded, prompt)
+        print(path)
+        return path
     out = sys.stdout if cfg.n == 1 else None
-    texts = continuations(model, tokenizer, prompt, cfg.n, seed=cfg.seed, max_tokens=cfg.max_tokens,
+    texts = continuations(loaded.model, loaded.tokenizer, prompt, cfg.n, seed=cfg.seed, max_tokens=cfg.max_tokens,
                           temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, out=out)
     if out:
         print()

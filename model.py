@@ -83,9 +83,19 @@ def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     return angles.cos().float(), angles.sin().float()
 
 
+def axial(table: Tensor, positions: Tensor) -> Tensor:
+    """Rows of a rotary table for row and column coordinates (B, T, 2): (B, T, D/2), even pairs by row, odd by column.
+
+    Where both coordinates are equal, as in text, these are the rows of one dimension (interleaved M-RoPE, arXiv 2409.12191).
+    """
+    rows, columns = table[positions].unbind(2)  # (B, T, D/2) each
+    odd = torch.arange(table.shape[-1], device=table.device) % 2 == 1
+    return torch.where(odd, columns, rows)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (B, T, H, D) by the angles of (T, D/2); dimension i is paired with i + D/2 as in Hugging Face Llama."""
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, D/2)
+    """Turn (B, T, H, D) by angles ([B,] T, D/2); dimension i is paired with i + D/2 as in Hugging Face Llama."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # ([B,] T, 1, D/2)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
@@ -129,8 +139,9 @@ class Attention(nn.Module):
         if cache is not None:
             past = cache.length
             k, v = cache.append(self.layer, k, v)  # (B, G, past + T, D)
-            if past:  # is_causal would align the mask with the first key, not the last
-                mask, causal = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past), False
+            if past:  # is_causal would align the mask with the first key, not the last; one position sees them all
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if T > 1 else None
+                causal = False
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -216,25 +227,39 @@ class Llama(nn.Module):
             else:
                 raise ValueError(f"no initialization for parameter {name} of shape {tuple(p.shape)}")
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) in fp32 for tokens (B, T), or with targets (B, T) the mean loss in nats per token.
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """What the head reads, (B, T, C), for tokens (B, T).
 
-        With a cache, `tokens` follow the positions the cache holds, and the cache takes them in.
+        With a cache, `tokens` follow the positions the cache holds, and the cache takes them in. `positions` (B, T, 2)
+        are coordinates of the tokens in a picture's grid; without, they stand in a row.
         """
         past = cache.length if cache is not None else 0
         T = tokens.shape[1]
         assert past + T <= self.config.seq_len, f"{past} + {T} positions, seq_len is {self.config.seq_len}"
-        cos, sin = self.cos[past:past + T], self.sin[past:past + T]
+        if positions is None:
+            cos, sin = self.cos[past:past + T], self.sin[past:past + T]
+        else:
+            cos, sin = axial(self.cos, positions), axial(self.sin, positions)
         # scaled, because what suits the tied head as weights is small beside what the blocks add (arXiv 1706.03762)
         x = self.embed(tokens).to(self.compute_dtype) * math.sqrt(self.config.d_model)  # (B, T, C)
         for block in self.blocks:
             x = block(x, cos, sin, cache)
         if cache is not None:
             cache.length += T
-        x = self.norm(x)
-        if targets is not None:
-            return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.embed.weight, targets.flatten())
-        return F.linear(x, self.embed.weight.to(x.dtype)).float()  # (B, T, V)
+        return self.norm(x)
+
+    def head(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Logits (..., V) in fp32 of hidden x (..., C), over the given rows of the vocabulary alone."""
+        return F.linear(x, self.embed.weight[rows].to(x.dtype)).float()
+
+    def loss(self, x: Tensor, targets: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Mean loss in nats per token of hidden x (B, T, C), over the given rows; targets (B, T) count from the first."""
+        return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.embed.weight[rows], targets.flatten())
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) in fp32 for tokens (B, T), or with targets (B, T) the mean loss in nats per token."""
+        x = self.hidden(tokens, cache)
+        return self.head(x) if targets is None else self.loss(x, targets)
 
     def n_params(self) -> int:
         """Weights in all, the tied embedding counted once."""
@@ -247,10 +272,12 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompt: Tensor, max_tokens: int, *, generators: Sequence[torch.Generator],
-                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Iterator[Tensor]:
+                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                 rows: slice = slice(None)) -> Iterator[Tensor]:
         """Yield the tokens that follow prompt (B, T), one (B,) at a time, at most until seq_len is full.
 
-        Row i draws from generators[i] alone, so a row does not depend on the rows beside it.
+        Row i draws from generators[i] alone, so a row does not depend on the rows beside it. Only the given rows of the
+        vocabulary, a slice from 0 on, may follow.
         """
         B, T = prompt.shape
         assert len(generators) == B, f"{len(generators)} generators for {B} rows"
@@ -258,13 +285,14 @@ class Llama(nn.Module):
         cache = KVCache(self.config, B, end, prompt.device, self.compute_dtype)
         tokens = prompt
         for _ in range(end - T):
-            logits = self(tokens, cache=cache)[:, -1]  # (B, V)
-            tokens = sample(logits, generators, temperature, top_k, top_p)[:, None]  # (B, 1)
+            logits = self.head(self.hidden(tokens, cache)[:, -1], rows)  # (B, V)
+            uniforms = torch.cat([torch.rand(1, generator=g) for g in generators]).to(logits.device)
+            tokens = sample(logits, uniforms, temperature, top_k, top_p)[:, None]  # (B, 1)
             yield tokens[:, 0]
 
 
-def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: float, top_k: int, top_p: float):
-    """Draw a token a row from logits (B, V): (B,).
+def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """The token of each row of logits (B, V) where its cumulative probability passes uniforms (B,) in [0, 1): (B,).
 
     temperature 0 takes the likeliest; top_k > 0 keeps the k likeliest; top_p < 1 keeps the smallest set of
     tokens whose probabilities reach p (arXiv 1904.09751).
@@ -280,5 +308,5 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
         sorted_probs, order = probs.sort(-1, descending=True)
         outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the first token always stays
         probs = probs.masked_fill(outside.scatter(1, order, outside), 0)
-    rows = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)]
-    return torch.cat(rows)
+    mass = probs.double().cumsum(-1)  # in fp32 a uniform near 1 could pass the end
+    return (mass <= uniforms[:, None] * mass[:, -1:]).sum(-1)

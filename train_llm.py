@@ -11,18 +11,17 @@ import math
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Literal
 
 import torch
 
-from common import (Clock, Count, Interrupt, Metrics, UserError, check_positive, check_run, checkpoints, device_name,
-                    git_state, load_checkpoint, memory_bytes, milestones, open_run, peak_flops, peak_memory_gb,
-                    plot_loss, ramp, read_metrics, resolve_device, run_script, save_checkpoint, stop, trapezoid,
-                    write_text)
+from common import (Clock, Count, Interrupt, UserError, check_not_negative, check_positive, check_run, check_shares,
+                    checkpoints, device_name, load_checkpoint, memory_bytes, milestones, open_run, ramp, resolve_device,
+                    run_script, save_checkpoint, stop, trapezoid)
 from data.text import DataConfig, Tokens, batches, eval_windows, prepare
 from data.tokenizer import load_tokenizer
 from generate import write_samples
+from metrics import Metrics, evaluated, read_metrics
 from model import Llama, ModelConfig
 from muon import build_optimizers
 
@@ -113,12 +112,8 @@ def resolve_recipe(cfg: Config) -> int:
     if cfg.log_every == "auto":
         cfg.log_every = max(1, steps // 50)
     check_positive(cfg, "muon_lr", "adamw_lr", "log_every", "sample_tokens")
-    for name in ("seed", "muon_wd", "adamw_wd", "grad_clip"):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"--{name} is {getattr(cfg, name)}: it must not be negative")
-    for name in ("warmup_frac", "cooldown_frac", "lr_floor", "eval_every", "save_every", "adamw_beta2"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise UserError(f"--{name} {getattr(cfg, name)} is no share: it must lie between 0 and 1")
+    check_not_negative(cfg, "seed", "muon_wd", "adamw_wd", "grad_clip")
+    check_shares(cfg, "warmup_frac", "cooldown_frac", "lr_floor", "eval_every", "save_every", "adamw_beta2")
     return steps
 
 
@@ -239,22 +234,21 @@ def main(cfg: Config) -> dict:
             part.load_state_dict(state_dict)
 
     # ---- loop
-    metrics = Metrics(run, cfg, first, steps)
-    peak = peak_flops(device, cfg.dtype)
+    metrics = Metrics(run, cfg, first, steps, clock=clock, unit="tokens", per_step=cfg.batch_tokens,
+                      flops=cfg.batch_tokens * model.flops_per_token())
 
     def evaluate_now(step: int) -> None:
         loss = evaluate(forward, val_windows, cfg.micro_batch, device)
         bpb = loss / math.log(2) / val.bytes_per_token
-        metrics.row(step=step, tokens=step * cfg.batch_tokens, val_loss=loss, val_bpb=bpb)
+        metrics.row(step=step, val_loss=loss, val_bpb=bpb)
         metrics.line(f"val {step}/{steps} | loss {loss:.4f} | bpb {bpb:.4f}")
         if cfg.sample_prompts:
             samples = run / "samples" / f"{step:07d}.txt"
             write_samples(samples, model, tokenizer, cfg.sample_prompts, cfg.sample_tokens, cfg.seed)
 
     evals, saves = milestones(steps, cfg.eval_every), milestones(steps, cfg.save_every)
-    if first in evals and not any(row["step"] == first and "val_loss" in row for row in read_metrics(run)):
-        evaluate_now(first)  # the run stopped between saving and evaluating
-    mark = first, clock.seconds
+    if first in evals and not evaluated(run, first):
+        evaluate_now(first)
     with Interrupt() as interrupt:
         clock.start()
         for step, windows in enumerate(batches(train, first, steps, batch=batch, seq_len=seq_len, n_windows=n_windows,
@@ -275,21 +269,14 @@ def main(cfg: Config) -> dict:
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            metrics.row(step=step, tokens=step * cfg.batch_tokens, loss=loss, grad_norm=norm, lr=cfg.muon_lr * factor)
+            metrics.row(step=step, loss=loss, grad_norm=norm, lr=cfg.muon_lr * factor)
 
             log, save = step % cfg.log_every == 0 or step == steps, step in saves or interrupt.code
             if not (log or save or step in evals):
                 continue
             clock.stop()  # what follows is not training
             if log:
-                seconds = (clock.seconds - mark[1]) / (step - mark[0])
-                mark, speed = (step, clock.seconds), cfg.batch_tokens / seconds
-                mfu = f"{speed * model.flops_per_token() / peak:.1%}" if peak else "-"
-                eta = timedelta(seconds=round(seconds * (steps - step)))
-                metrics.progress(step, (
-                    f"{step / steps:.0%} | {step * cfg.batch_tokens / 1e6:.2f}M tok | loss {loss:.4f} | "
-                    f"lr {cfg.muon_lr * factor:.4g} | gnorm {norm:.3f} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s | "
-                    f"mfu {mfu} | mem {peak_memory_gb(device):.1f} GB | eta {eta}"))
+                metrics.log(step, loss, cfg.muon_lr * factor, norm)
             if save:
                 save_checkpoint(run, model, optimizers, {"step": step, "train_seconds": clock.seconds})
             if interrupt.code:
@@ -300,23 +287,9 @@ def main(cfg: Config) -> dict:
             clock.start()
 
     # ---- summary
-    metrics.close()
-    plot_loss(run)
-    rows = read_metrics(run)
-    tail = [r["loss"] for r in rows if "loss" in r and r["step"] > 0.95 * steps]
-    speed = steps * cfg.batch_tokens / clock.seconds
-    summary = {
-        **next({k: r[k] for k in ("val_loss", "val_bpb")} for r in reversed(rows) if "val_loss" in r),
-        "train_loss": sum(tail) / len(tail),  # mean over the last 5% of the budget
-        "tokens": steps * cfg.batch_tokens, "steps": steps, "params": model.n_params(),
-        "seed": cfg.seed, "train_seconds": clock.seconds, "tokens_per_second": speed,
-        "mfu": speed * model.flops_per_token() / peak if peak else None, "peak_memory_gb": peak_memory_gb(device),
-        "device": device_name(device), **git_state(), "cost_usd": clock.seconds / 3600 * cfg.gpu_hourly_usd,
-        "val_tokens": val_windows[:, 1:].numel(), "train_sha256": train.sha256, "val_sha256": val.sha256,
-    }
-    write_text(run / "summary.json", json.dumps(summary, indent=2))
-    print("\n".join(f"{key}: {value}" for key, value in summary.items()))
-    return summary
+    last = next(row for row in reversed(read_metrics(run)) if "val_loss" in row)
+    return metrics.finish(model, steps * cfg.batch_tokens, val_loss=last["val_loss"], val_bpb=last["val_bpb"],
+                          val_tokens=val_windows[:, 1:].numel(), train_sha256=train.sha256, val_sha256=val.sha256)
 
 
 if __name__ == "__main__":

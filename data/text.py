@@ -12,9 +12,7 @@ import random
 import sys
 import sysconfig
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from glob import glob
 from pathlib import Path
 
@@ -23,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from common import Count, UserError, write_text
+from data.order import batch_indices, prefetch
 
 SHARD_TOKENS = 8_000_000  # a kill costs at most this much work
 BATCH_DOCUMENTS = 256  # tokenized at a time: enough to keep all cores busy, little enough for flat memory
@@ -303,31 +302,13 @@ class Tokens:
         return torch.from_numpy(np.stack([self.window(int(i) * seq_len, seq_len + 1) for i in indices]))
 
 
-@lru_cache(maxsize=2)
-def permutation(seed: int, sweep: int, n: int) -> np.ndarray:
-    return np.random.default_rng((seed, sweep)).permutation(n)
-
-
-def batch_indices(step: int, batch: int, n_windows: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
-    """Which windows this rank sees at a step: every window once a pass, each pass in an order of its own."""
-    assert batch % world == 0, f"batch {batch} over {world} ranks"
-    first = step * batch + rank * (batch // world)
-    mine = range(first, first + batch // world)
-    return [int(permutation(seed, i // n_windows, n_windows)[i % n_windows]) for i in mine]
-
-
 def batches(tokens: Tokens, first: int, steps: int, *, batch: int, seq_len: int, n_windows: int, seed: int,
             device: torch.device) -> Iterator[torch.Tensor]:
-    """Batches (batch, T + 1) of steps first to steps - 1 on the device, each read while the last is used."""
+    """Batches (batch, T + 1) of steps first to steps - 1 on the device."""
     def read(step: int) -> torch.Tensor:
         windows = tokens.windows(batch_indices(step, batch, n_windows, seed), seq_len)
         return windows.pin_memory() if device.type == "cuda" else windows
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        ahead = thread.submit(read, first)
-        for step in range(first, steps):
-            windows = ahead.result()
-            ahead = thread.submit(read, min(step + 1, steps - 1))
-            yield windows.to(device, non_blocking=True)
+    return (windows.to(device, non_blocking=True) for windows in prefetch(read, first, steps))
 
 
 def eval_windows(tokens: Tokens, seq_len: int, count: int) -> torch.Tensor:

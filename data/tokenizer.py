@@ -1,7 +1,7 @@
 """Tokenizers: from the hub, from a local folder, or a byte-level BPE trained on the data source."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -14,13 +14,16 @@ from data.text import DataConfig, digest, documents, end_of_text, held_out, in_v
 BPE_CHARACTERS = 50_000_000  # text a BPE is trained on; more changes little and takes minutes
 
 
-def load_tokenizer(cfg: DataConfig):
-    """The tokenizer that cfg names, kept in the cache so that hub or training is needed once. Raises UserError."""
+def load_tokenizer(cfg, corpus: str | dict | None = None, texts: Callable[[], Iterator[str]] | None = None):
+    """The tokenizer that cfg names, kept in the cache so that hub or training is needed once. Raises UserError.
+
+    A BPE is trained on `texts`, of which `corpus` says what they are; without, on the training documents of a DataConfig.
+    """
     name, cache = cfg.tokenizer, Path(cfg.cache) / "tokenizers"
     if name.startswith("bpe-"):
-        folder = cache / f"{name}-{digest(request(cfg, 'train', name))}"
+        folder = cache / f"{name}-{digest(corpus or request(cfg, 'train', name))}"
         if not folder.is_dir():
-            save(train_bpe(cfg), folder)
+            save(train_bpe(name, texts() if texts else training_texts(cfg)), folder)
     else:
         folder = Path(name) if Path(name).is_dir() else cache / name.replace("/", "--")
     try:
@@ -43,28 +46,29 @@ def save(tokenizer, folder: Path) -> None:
     tmp.rename(folder)
 
 
-def train_bpe(cfg: DataConfig):
-    """A byte-level BPE (arXiv 1508.07909) of the source's training documents. Raises UserError."""
-    size = cfg.tokenizer.removeprefix("bpe-")
+def training_texts(cfg: DataConfig) -> Iterator[str]:
+    """Training documents of a source, as many as a BPE is trained on. Raises UserError."""
+    left = BPE_CHARACTERS
+    for row in documents(cfg.source, cfg.text_column, revisions(request(cfg, "train", cfg.tokenizer))):
+        if "input_ids" in row:
+            raise UserError(f"--data.tokenizer {cfg.tokenizer}: data source {cfg.source} holds ids, not text")
+        if not in_validation(row, held_out(cfg)):
+            yield row[cfg.text_column]
+            left -= len(row[cfg.text_column])
+        if left <= 0:
+            return
+
+
+def train_bpe(name: str, texts: Iterator[str]):
+    """A byte-level BPE (arXiv 1508.07909) of as many entries as its name says. Raises UserError."""
+    size = name.removeprefix("bpe-")
     if not size.isdigit() or not 257 <= int(size) <= 65_536:
-        raise UserError(f"--data.tokenizer {cfg.tokenizer}: the size must be from 257 to 65536, as in bpe-8192")
+        raise UserError(f"--data.tokenizer {name}: the size must be from 257 to 65536, as in bpe-8192")
     print(f"training a tokenizer of {size} entries", flush=True)
-
-    def texts() -> Iterator[str]:
-        left = BPE_CHARACTERS
-        for row in documents(cfg.source, cfg.text_column, revisions(request(cfg, "train", cfg.tokenizer))):
-            if "input_ids" in row:
-                raise UserError(f"--data.tokenizer {cfg.tokenizer}: data source {cfg.source} holds ids, not text")
-            if not in_validation(row, held_out(cfg)):
-                yield row[cfg.text_column]
-                left -= len(row[cfg.text_column])
-            if left <= 0:
-                return
-
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator(texts(), tokenizers.trainers.BpeTrainer(
+    bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=int(size), special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")

@@ -1,0 +1,74 @@
+"""Captions and codes -> sequences of one vocabulary, and what is legal where in them."""
+
+import torch
+from torch import Tensor
+
+from common import UserError
+from data.text import end_of_text
+from model import ModelConfig
+from vqvae import VQVAEConfig
+
+
+class Stream:
+    """The one sequence of words and visual words: `[BOS] text <seg_start> codes <seg_end> [EOS]`.
+
+    Ids: the tokenizer's text ids, then <seg_start>, <seg_end>, then the codes. Raises UserError where they do not fit.
+    """
+
+    def __init__(self, tokenizer, codes: VQVAEConfig, model: ModelConfig):
+        self.tokenizer, self.grid, self.image_tokens, self.seq_len = tokenizer, codes.grid, codes.grid**2, model.seq_len
+        self.n_text = len(tokenizer)
+        self.seg_start, self.seg_end, self.first_code = self.n_text, self.n_text + 1, self.n_text + 2
+        self.vocab_size = self.first_code + codes.codebook_size
+        self.text_rows = slice(self.seg_start + 1)  # of the vocabulary: what may follow in a caption or plain text
+        self.code_rows = slice(self.first_code, self.vocab_size)  # and in a picture
+        self.eos = end_of_text(tokenizer)
+        self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.eos
+        self.caption_tokens = model.seq_len - self.image_tokens - 4
+        if self.vocab_size != model.vocab_size:
+            raise UserError(f"--model.vocab_size {model.vocab_size} does not fit {self.n_text} text entries, two markers and the "
+                            f"{codes.codebook_size} codes of the VQ-VAE: set it to {self.vocab_size}, or name another --vqvae")
+        if not 1 <= self.caption_tokens <= 256:
+            raise UserError(f"--model.seq_len {model.seq_len} does not fit the VQ-VAE's {self.grid} x {self.grid} grid: set it to "
+                            f"{self.image_tokens + 4} and room for the caption (5 to 256 tokens), or name another --vqvae")
+
+    def words(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def prompt(self, caption: str, cut: bool = False) -> list[int]:
+        """[BOS] caption <seg_start>. Raises UserError for none or one too long, unless it is to be cut."""
+        words = self.words(caption)
+        if not words:
+            raise UserError("the prompt is empty: say what to draw")
+        if len(words) > self.caption_tokens and not cut:
+            raise UserError(f"the prompt has {len(words)} tokens, the model takes {self.caption_tokens}: shorten it")
+        return [self.bos, *words[:self.caption_tokens], self.seg_start]
+
+    def null(self, prompt: list[int]) -> list[int]:
+        """A prompt of the same length that says nothing, for guidance (arXiv 2207.12598)."""
+        return [self.bos, *[self.eos] * (len(prompt) - 2), self.seg_start]
+
+    def sequences(self, prompts: list[list[int]], codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Sequences (B, seq_len), filled up with [EOS], and the places (B,) of their <seg_start>."""
+        tokens = torch.full((len(prompts), self.seq_len), self.eos)
+        for row, prompt, picture in zip(tokens, prompts, codes):
+            n = len(prompt)
+            row[:n] = torch.tensor(prompt)
+            row[n:n + self.image_tokens] = picture + self.first_code
+            row[n + self.image_tokens] = self.seg_end
+        return tokens, torch.tensor([len(prompt) - 1 for prompt in prompts])
+
+    def positions(self, starts: Tensor, length: int) -> Tensor:
+        """Row and column coordinates (B, length, 2) of sequences with <seg_start> at `starts` (B,).
+
+        Text counts both up together, as in one dimension; a picture counts rows and columns from where the text ended;
+        what follows goes on behind the larger of them.
+        """
+        index = torch.arange(length, device=starts.device)
+        past = index - starts[:, None] - 1  # (B, length), the place in the picture
+        inside = (past >= 0) & (past < self.image_tokens)
+        both = torch.where(past >= self.image_tokens, index - self.image_tokens + self.grid, index.expand_as(past))
+        first = starts[:, None] + 1
+        row = torch.where(inside, first + past // self.grid, both)
+        column = torch.where(inside, first + past % self.grid, both)
+        return torch.stack((row, column), dim=-1)
