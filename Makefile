@@ -1,4 +1,4 @@
-.PHONY: setup demo test
+.PHONY: setup demo demo-images test
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -17,6 +17,12 @@ $(STAMP): requirements.txt
 demo: setup
 	$(PY) train_llm.py --config configs/llm_demo.yaml --run demo $(if $(wildcard runs/demo),--resume)
 	$(PY) generate.py demo --prompt "def __init__(self" --max_tokens 120 --n 3 --temperature 0.5
+
+demo-images: setup
+	$(PY) train_vqvae.py --config configs/vqvae_demo.yaml --run demo-vqvae $(if $(wildcard runs/demo-vqvae),--resume)
+	$(PY) train_multimodal.py --config configs/multimodal_demo.yaml --run demo-images $(if $(wildcard runs/demo-images),--resume)
+	$(PY) -m tools.score_images demo-images --n 32
+	$(PY) generate.py demo-images --prompt "a photo of a large red circle on a white background" --n 8
 
 test: setup
 	$(PY) -m pytest -q tests

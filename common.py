@@ -185,6 +185,15 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
+def fitting_sequences(cfg, device: torch.device) -> float:
+    """How many sequences of cfg.model a forward and backward pass has room for; on a CPU, how many are fast."""
+    m = cfg.model
+    if device.type == "cpu":
+        return 1024 / m.seq_len  # more outgrows the caches, docs/LOG.md
+    floats = m.seq_len * m.n_layers * (20 * m.d_model + 4 * m.d_ff)  # kept for the backward pass, measured at 88M
+    return 0.6 * memory_bytes(device) / (floats * torch.finfo(getattr(torch, cfg.dtype)).bits / 8)
+
+
 class Clock:
     """Seconds between start() and stop(), summed up; the device's work is waited for."""
 

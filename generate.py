@@ -152,12 +152,13 @@ def draw_codes(model: Llama, stream: Stream, prompts: list[list[int]], seeds: li
     tokens = torch.tensor([prompt for half in halves for prompt in half], device=device)  # (B or 2B, T)
     uniforms = torch.stack([torch.rand(stream.image_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds])
     uniforms, n = uniforms.to(device), tokens.shape[1]
-    positions = stream.positions(torch.full((len(tokens),), n - 1, device=device), n + stream.image_tokens)
+    positions, cells = stream.layout(torch.full((len(tokens),), n - 1, device=device), n + stream.image_tokens)
     cache = KVCache(model.config, len(tokens), n + stream.image_tokens, device, model.compute_dtype)
     codes = torch.empty(B, stream.image_tokens, dtype=torch.long, device=device)
     for i in range(stream.image_tokens):
         seen = slice(cache.length, cache.length + tokens.shape[1])
-        logits = model.head(model.hidden(tokens, cache, positions[:, seen])[:, -1], stream.code_rows)  # (B or 2B, K)
+        hidden = model.hidden(tokens, cache, (positions[:, seen], cells[:, seen]))[:, -1]  # (B or 2B, C)
+        logits = model.head(hidden, stream.code_rows)  # (B or 2B, K)
         if guidance != 1:
             told, null = logits.log_softmax(-1).chunk(2)
             logits = null + guidance * (told - null)

@@ -37,6 +37,8 @@ class ModelConfig:
     """Positions a sequence has at most."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    cells: int = 0
+    """Cells of a picture's grid: a learned vector for each is added where its visual word is predicted; 0 for text."""
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "seq_len", "rope_theta"):
@@ -47,6 +49,8 @@ class ModelConfig:
                              f"choose a multiple of {2 * self.n_heads}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"model.n_heads {self.n_heads} is not divisible by model.n_kv_heads {self.n_kv_heads}")
+        if self.cells < 0:
+            raise ValueError(f"model.cells is {self.cells}: it must not be negative")
         if self.vocab_size > 65_536:
             raise ValueError(f"model.vocab_size {self.vocab_size} does not fit the uint16 token files: at most 65536")
 
@@ -213,6 +217,7 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model)
+        self.cells = nn.Embedding(config.cells, config.d_model) if config.cells else None
         cos, sin = rotary_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -227,21 +232,25 @@ class Llama(nn.Module):
             else:
                 raise ValueError(f"no initialization for parameter {name} of shape {tuple(p.shape)}")
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, layout: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """What the head reads, (B, T, C), for tokens (B, T).
 
-        With a cache, `tokens` follow the positions the cache holds, and the cache takes them in. `positions` (B, T, 2)
-        are coordinates of the tokens in a picture's grid; without, they stand in a row.
+        With a cache, `tokens` follow the positions the cache holds, and the cache takes them in. The layout of a
+        sequence with a picture is the row and column of each token (B, T, 2) and the cell (B, T) whose word it predicts,
+        -1 for none; without one, tokens stand in a row.
         """
         past = cache.length if cache is not None else 0
         T = tokens.shape[1]
         assert past + T <= self.config.seq_len, f"{past} + {T} positions, seq_len is {self.config.seq_len}"
-        if positions is None:
+        x = self.embed(tokens)  # (B, T, C)
+        if layout is None:
             cos, sin = self.cos[past:past + T], self.sin[past:past + T]
         else:
+            positions, cells = layout
             cos, sin = axial(self.cos, positions), axial(self.sin, positions)
+            x = x + self.cells(cells.clamp(min=0)) * (cells >= 0)[..., None]
         # scaled, because what suits the tied head as weights is small beside what the blocks add (arXiv 1706.03762)
-        x = self.embed(tokens).to(self.compute_dtype) * math.sqrt(self.config.d_model)  # (B, T, C)
+        x = x.to(self.compute_dtype) * math.sqrt(self.config.d_model)
         for block in self.blocks:
             x = block(x, cos, sin, cache)
         if cache is not None:

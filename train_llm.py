@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from common import (Clock, Count, Interrupt, UserError, check_not_negative, check_positive, check_run, check_shares,
-                    checkpoints, device_name, load_checkpoint, memory_bytes, milestones, open_run, ramp, resolve_device,
+                    checkpoints, device_name, load_checkpoint, fitting_sequences, milestones, open_run, ramp, resolve_device,
                     run_script, save_checkpoint, stop, trapezoid)
 from data.text import DataConfig, Tokens, batches, eval_windows, prepare
 from data.tokenizer import load_tokenizer
@@ -119,16 +119,14 @@ def resolve_recipe(cfg: Config) -> int:
 
 def resolve_micro_batch(cfg: Config, device: torch.device) -> None:
     """Fill in cfg.micro_batch by what the device holds. Raises UserError."""
-    sequences, m = cfg.batch_tokens // cfg.model.seq_len, cfg.model
+    sequences = cfg.batch_tokens // cfg.model.seq_len
     if cfg.micro_batch == "auto":
-        floats = m.seq_len * m.n_layers * (20 * m.d_model + 4 * m.d_ff)  # kept for the backward pass, measured at 88M
-        fits = 0.6 * memory_bytes(device) / (floats * torch.finfo(getattr(torch, cfg.dtype)).bits / 8)
-        fits = fits if device.type == "cuda" else min(fits, 1024 / m.seq_len)  # more outgrows a CPU's caches
-        cfg.micro_batch = max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= max(1, fits))
+        fits = max(1, fitting_sequences(cfg, device))
+        cfg.micro_batch = max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= fits)
     check_positive(cfg, "micro_batch")
     if sequences % cfg.micro_batch:
         raise UserError(f"--micro_batch {cfg.micro_batch} does not divide the {sequences} sequences of a step "
-                        f"(batch_tokens {cfg.batch_tokens} / seq_len {m.seq_len})")
+                        f"(batch_tokens {cfg.batch_tokens} / seq_len {cfg.model.seq_len})")
 
 
 def backward(model, windows: torch.Tensor, micro_batch: int) -> torch.Tensor:

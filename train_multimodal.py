@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 
 from common import (Clock, Count, Interrupt, UserError, check_not_negative, check_positive, check_run, check_shares,
-                    checkpoints, device_name, find_run, load_checkpoint, memory_bytes, milestones, open_run, ramp,
+                    checkpoints, device_name, find_run, fitting_sequences, load_checkpoint, milestones, open_run, ramp,
                     resolve_device, run_script, save_checkpoint, stop, trapezoid)
 from data.images import CodeCache, ImageConfig, load_batch, load_pictures, picks, sheet, spread, to_uint8
 from data.order import batch_indices, prefetch
@@ -112,7 +112,7 @@ class Config:
     """Log to Weights & Biases too."""
     data: CaptionConfig = field(default_factory=CaptionConfig)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(
-        vocab_size=50_178, d_model=512, n_layers=8, n_heads=8, n_kv_heads=4, d_ff=1024, seq_len=1060))
+        vocab_size=50_178, d_model=512, n_layers=8, n_heads=8, n_kv_heads=4, d_ff=1024, seq_len=1060, cells=1024))
 
 
 def resolve_recipe(cfg: Config) -> tuple[int, int]:
@@ -137,21 +137,10 @@ def resolve_recipe(cfg: Config) -> tuple[int, int]:
     return steps, text_rows
 
 
-def resolve_micro_batch(cfg: Config, device: torch.device) -> None:
-    """Fill in cfg.micro_batch by what the device holds. Raises UserError."""
-    if cfg.micro_batch == "auto":
-        m = cfg.model
-        floats = m.seq_len * m.n_layers * (20 * m.d_model + 4 * m.d_ff)  # kept for the backward pass, measured at 88M
-        fits = 0.6 * memory_bytes(device) / (floats * torch.finfo(getattr(torch, cfg.dtype)).bits / 8)
-        fits = fits if device.type == "cuda" else min(fits, 4096 / m.seq_len)  # more outgrows a CPU's caches
-        cfg.micro_batch = max(1, min(cfg.batch_sequences, int(fits)))
-    check_positive(cfg, "micro_batch")
-
-
 # ------------------------------------------------------------------------------------------------------------ loss
 def picture_hidden(model: Llama, stream: Stream, tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For sequences (B, T): hidden states (B, T, C), those that predict visual words (B, image_tokens, C), their codes."""
-    hidden = model.hidden(tokens, positions=stream.positions(starts, tokens.shape[1]))
+    hidden = model.hidden(tokens, layout=stream.layout(starts, tokens.shape[1]))
     places = starts[:, None] + torch.arange(stream.image_tokens, device=tokens.device)  # (B, image_tokens)
     before = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
     return hidden, before, tokens.gather(1, places + 1) - stream.first_code
@@ -205,6 +194,7 @@ def start_from(model: Llama, name: str, tokenizer) -> None:
     load_checkpoint(folder, source)
     weights = source.state_dict()
     words = min(len(tokenizer), shape.vocab_size)
+    weights["cells.weight"] = model.cells.weight.detach()
     weights["embed.weight"] = torch.cat([weights["embed.weight"][:words], model.embed.weight.detach()[words:]])
     model.load_state_dict(weights)
 
@@ -214,7 +204,9 @@ def main(cfg: Config) -> dict:
     # ---- set-up
     steps, text_rows = resolve_recipe(cfg)
     device = resolve_device(cfg)
-    resolve_micro_batch(cfg, device)
+    if cfg.micro_batch == "auto":
+        cfg.micro_batch = max(1, min(cfg.batch_sequences, int(fitting_sequences(cfg, device))))
+    check_positive(cfg, "micro_batch")
     run = check_run(cfg)
     if (run / "summary.json").exists():
         print(f"{run} is finished; delete the folder to train it anew")
@@ -368,7 +360,7 @@ def main(cfg: Config) -> dict:
         evaluate_now(first)
     with Interrupt() as interrupt:
         clock.start()
-        for step, (asked, told, content, windows) in enumerate(prefetch(read, first, steps), start=first + 1):
+        for step, (asked, told, content, windows) in enumerate(prefetch(read, first, steps, device), start=first + 1):
             factor = trapezoid(step / steps, cfg.warmup_frac, cfg.cooldown_frac, cfg.lr_floor)
             for group in (*muon.param_groups, *adamw.param_groups):
                 group["lr"] = group["peak_lr"] * factor

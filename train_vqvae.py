@@ -171,7 +171,7 @@ def palette_psnr(train: Tensor, val: Tensor, config: VQVAEConfig, generator: tor
     small = lambda x: F.interpolate(x, scale_factor=1 / config.downsample, mode="bilinear")  # noqa: E731
     palette = Quantizer(config.codebook_size, 3).to(train.device)
     colours = small(train).permute(0, 2, 3, 1).reshape(-1, 3)
-    palette.start(colours[torch.randperm(len(colours), generator=generator)[:START_VECTORS].to(train.device)], generator)
+    palette.start(colours[torch.randperm(len(colours), generator=generator)[:START_VECTORS].to(train.device)], generator, 1)
     found = []
     for part in val.to(train.device).split(50):
         cells = small(part)  # (B, 3, h, h)
@@ -227,6 +227,10 @@ def main(cfg: Config) -> dict:
     val = load_pictures(cfg.data, "val", size)
     train = load_pictures(cfg.data, "train", size)
     val_pictures = load_batch(val, spread(val, cfg.eval_images), None, size, torch.device("cpu"))
+    start = load_batch(train, spread(train, START_PICTURES), None, size, device)
+    if len(start) * shape.grid**2 < shape.codebook_size:
+        raise UserError(f"{len(train)} pictures have {len(start) * shape.grid**2} cells, fewer than --model.codebook_size "
+                        f"{shape.codebook_size}: give more pictures, or fewer codes")
     open_run(cfg, run)
 
     def read(step: int) -> Tensor:
@@ -245,17 +249,16 @@ def main(cfg: Config) -> dict:
 
     # ---- resume
     state = {"step": 0, "train_seconds": 0.0}
-    start = load_batch(train, spread(train, START_PICTURES), None, size, device)
+    cells = (cfg.crop or size) // shape.downsample
     if saved := checkpoints(run):
         state = load_checkpoint(saved[-1], model, [optimizer])
     else:
         state["palette_psnr"] = palette_psnr(start, val_pictures, shape, generator)
         with torch.no_grad():
             vectors = torch.cat([model(part)[2] for part in start.split(32)])
-        few = max(START_VECTORS, shape.codebook_size)
-        model.quantizer.start(vectors[torch.randperm(len(vectors), generator=generator)[:few].to(device)], generator)
+        few = torch.randperm(len(vectors), generator=generator)[:START_VECTORS].to(device)
+        model.quantizer.start(vectors[few], generator, per_step=cfg.batch_images * cells**2)
     first, clock = state["step"], Clock(device, state["train_seconds"])
-    cells = (cfg.crop or size) // shape.downsample
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 4)
     print(f"run {run}, {f'resumed at step {first}' if first else 'from scratch'}\n"
           f"device {device_name(device)}, {cfg.dtype}, {'compiled' if cfg.compile else 'not compiled'}\n"
@@ -300,7 +303,7 @@ def main(cfg: Config) -> dict:
         evaluate_now(first)
     with Interrupt() as interrupt:
         clock.start()
-        for step, pictures in enumerate(prefetch(read, first, steps), start=first + 1):
+        for step, pictures in enumerate(prefetch(read, first, steps, device), start=first + 1):
             lr = cfg.lr * trapezoid(step / steps, cfg.warmup_frac, cfg.cooldown_frac, 0.0)
             optimizer.param_groups[0]["lr"] = lr
             if cfg.crop:

@@ -33,9 +33,12 @@ class VQVAEConfig:
     """Channels of encoder and decoder."""
     n_blocks: int = 3
     """Residual blocks of each."""
+    encoder_kernel: int = 3
+    """Cells a side that the encoder's convolutions see; with 1 a word says nothing of the cells around its own, which is
+    less exact and easier to predict."""
 
     def __post_init__(self):
-        for name in ("image_size", "downsample", "codebook_size", "code_dim", "width", "n_blocks"):
+        for name in ("image_size", "downsample", "codebook_size", "code_dim", "width", "n_blocks", "encoder_kernel"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be positive")
         if self.image_size % self.downsample:
@@ -43,8 +46,10 @@ class VQVAEConfig:
                              f"set it to {self.image_size // self.downsample * self.downsample or self.downsample}")
         if self.code_dim < 3:
             raise ValueError(f"model.code_dim is {self.code_dim}: three dimensions carry the colour, give 3 or more")
-        if self.codebook_size > 65_536:
-            raise ValueError(f"model.codebook_size {self.codebook_size} does not fit the uint16 caches: at most 65536")
+        if self.codebook_size > 65_535:
+            raise ValueError(f"model.codebook_size {self.codebook_size} does not fit the uint16 caches: at most 65535")
+        if self.encoder_kernel % 2 == 0:
+            raise ValueError(f"model.encoder_kernel {self.encoder_kernel} has no middle: give an odd number")
 
     @property
     def grid(self) -> int:
@@ -77,8 +82,11 @@ class Quantizer(nn.Module):
         return counts, torch.zeros_like(self.sums).index_add_(0, indices, vectors.float())
 
     @torch.no_grad()
-    def start(self, vectors: Tensor, generator: torch.Generator, rounds: int = 10) -> None:
-        """Make the codes the k-means of vectors (N, D), N >= K: k-means++ seeds, then Lloyd's algorithm."""
+    def start(self, vectors: Tensor, generator: torch.Generator, per_step: int, rounds: int = 10) -> None:
+        """Make the codes the k-means of vectors (N, D), N >= K: k-means++ seeds, then Lloyd's algorithm.
+
+        The counts become those that per_step such vectors a step would lead to.
+        """
         n, vectors = len(vectors), vectors.float()
         assert n >= len(self.codes), f"{n} vectors for {len(self.codes)} codes"
         draws = torch.rand(len(self.codes), generator=generator).tolist()
@@ -92,8 +100,8 @@ class Quantizer(nn.Module):
         for _ in range(rounds):
             counts, sums = self.totals(vectors, self(vectors))
             self.codes.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], self.codes))
-        self.counts.fill_(1.0)
-        self.sums.copy_(self.codes)
+        self.counts.copy_(counts.clamp(min=1) * per_step / n)
+        self.sums.copy_(self.codes * self.counts[:, None])
 
     @torch.no_grad()
     def update(self, vectors: Tensor, indices: Tensor) -> None:
@@ -122,7 +130,7 @@ class Quantizer(nn.Module):
 class Conv(nn.Conv2d):
     """A convolution of stride 1 that keeps the size and whose fp32 weights are cast to the input's dtype."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int = 3):
+    def __init__(self, c_in: int, c_out: int, kernel: int):
         super().__init__(c_in, c_out, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,10 +151,10 @@ class CellNorm(nn.Module):
 class Block(nn.Module):
     """Pre-activation residual block; it starts as the identity."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, kernel: int):
         super().__init__()
-        self.norm1, self.conv1 = CellNorm(channels), Conv(channels, channels)
-        self.norm2, self.conv2 = CellNorm(channels), Conv(channels, channels)
+        self.norm1, self.conv1 = CellNorm(channels), Conv(channels, channels, kernel)
+        self.norm2, self.conv2 = CellNorm(channels), Conv(channels, channels, kernel)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,10 +169,11 @@ class VQVAE(nn.Module):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         pixels, width = 3 * config.downsample**2, config.width
-        blocks = lambda: [Block(width) for _ in range(config.n_blocks)]  # noqa: E731
-        self.encoder = nn.Sequential(Conv(pixels, width), *blocks(), CellNorm(width), Conv(width, config.code_dim, 1))
+        blocks = lambda kernel: [Block(width, kernel) for _ in range(config.n_blocks)]  # noqa: E731
+        near = config.encoder_kernel
+        self.encoder = nn.Sequential(Conv(pixels, width, near), *blocks(near), CellNorm(width), Conv(width, config.code_dim, 1))
         self.quantizer = Quantizer(config.codebook_size, config.code_dim)
-        self.decoder = nn.Sequential(Conv(config.code_dim, width), *blocks(), CellNorm(width), Conv(width, pixels))
+        self.decoder = nn.Sequential(Conv(config.code_dim, width, 3), *blocks(3), CellNorm(width), Conv(width, pixels, 3))
         for last in (self.encoder[-1], self.decoder[-1]):  # what the colours miss is learned, from nothing
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)

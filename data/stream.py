@@ -28,9 +28,10 @@ class Stream:
         if self.vocab_size != model.vocab_size:
             raise UserError(f"--model.vocab_size {model.vocab_size} does not fit {self.n_text} text entries, two markers and the "
                             f"{codes.codebook_size} codes of the VQ-VAE: set it to {self.vocab_size}, or name another --vqvae")
-        if not 1 <= self.caption_tokens <= 256:
-            raise UserError(f"--model.seq_len {model.seq_len} does not fit the VQ-VAE's {self.grid} x {self.grid} grid: set it to "
-                            f"{self.image_tokens + 4} and room for the caption (5 to 256 tokens), or name another --vqvae")
+        if model.cells != self.image_tokens or not 1 <= self.caption_tokens <= 256:
+            raise UserError(f"--model.cells {model.cells} with --model.seq_len {model.seq_len} does not fit the VQ-VAE's "
+                            f"{self.grid} x {self.grid} grid: set them to {self.image_tokens} and to {self.image_tokens + 4} "
+                            "and the room for a caption (1 to 256 tokens), or name another --vqvae")
 
     def words(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -58,17 +59,18 @@ class Stream:
             row[n + self.image_tokens] = self.seg_end
         return tokens, torch.tensor([len(prompt) - 1 for prompt in prompts])
 
-    def positions(self, starts: Tensor, length: int) -> Tensor:
-        """Row and column coordinates (B, length, 2) of sequences with <seg_start> at `starts` (B,).
+    def layout(self, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Row and column (B, length, 2) of each token of sequences with <seg_start> at `starts` (B,), and the cell
+        (B, length) whose visual word it predicts, -1 for none.
 
-        Text counts both up together, as in one dimension; a picture counts rows and columns from where the text ended;
-        what follows goes on behind the larger of them.
+        Text counts rows and columns up together, as in one dimension; a picture counts them from where the text ended;
+        what follows goes on behind it.
         """
         index = torch.arange(length, device=starts.device)
-        past = index - starts[:, None] - 1  # (B, length), the place in the picture
+        cells = index - starts[:, None]  # (B, length), 0 at <seg_start>
+        past, first = cells - 1, starts[:, None] + 1
         inside = (past >= 0) & (past < self.image_tokens)
-        both = torch.where(past >= self.image_tokens, index - self.image_tokens + self.grid, index.expand_as(past))
-        first = starts[:, None] + 1
-        row = torch.where(inside, first + past // self.grid, both)
-        column = torch.where(inside, first + past % self.grid, both)
-        return torch.stack((row, column), dim=-1)
+        text = torch.where(past >= self.image_tokens, index - self.image_tokens + self.grid, index.expand_as(past))
+        row = torch.where(inside, first + past // self.grid, text)
+        column = torch.where(inside, first + past % self.grid, text)
+        return torch.stack((row, column), dim=-1), cells.where((cells >= 0) & (cells < self.image_tokens), -1)

@@ -308,7 +308,7 @@ def batches(tokens: Tokens, first: int, steps: int, *, batch: int, seq_len: int,
     def read(step: int) -> torch.Tensor:
         windows = tokens.windows(batch_indices(step, batch, n_windows, seed), seq_len)
         return windows.pin_memory() if device.type == "cuda" else windows
-    return (windows.to(device, non_blocking=True) for windows in prefetch(read, first, steps))
+    return (windows.to(device, non_blocking=True) for windows in prefetch(read, first, steps, device))
 
 
 def eval_windows(tokens: Tokens, seq_len: int, count: int) -> torch.Tensor:

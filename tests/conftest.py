@@ -33,17 +33,35 @@ def workdir(tmp_path, monkeypatch):
     return tmp_path
 
 
-def flags(**changes) -> list[str]:
-    """The command line of a tiny run; a changed setting is named with __ for the dot."""
-    settings = TINY | {key.replace("__", "."): str(value) for key, value in changes.items()}
+VQVAE = {"images": "320", "batch_images": "8", "eval_images": "16", "device": "cpu", "data.source": "shapes",
+         "probe_steps": "0", "model.image_size": "32", "model.downsample": "4", "model.codebook_size": "16",
+         "model.width": "16", "model.n_blocks": "1"}
+MULTIMODAL = {"sequences": "64", "batch_sequences": "8", "eval_sequences": "8", "sample_n": "2", "device": "cpu",
+              "data.source": "shapes", "data.tokenizer": "bpe-300", "model.vocab_size": "318", "model.d_model": "32",
+              "model.n_layers": "2", "model.n_heads": "2", "model.n_kv_heads": "1", "model.d_ff": "64", "model.seq_len": "100", "model.cells": "64"}
+
+
+def flags_of(module, **changes) -> list[str]:
+    """The command line of a tiny run of a script; a changed setting is named with __ for the dot."""
+    tiny = {"train_llm": TINY, "train_vqvae": VQVAE, "train_multimodal": MULTIMODAL}[module.__name__]
+    settings = tiny | {key.replace("__", "."): str(value) for key, value in changes.items()}
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def train(**changes) -> dict:
+def train_stage(module, **changes) -> dict:
     """Train in this process."""
-    import train_llm
     from common import load_config
-    return train_llm.main(load_config(train_llm.Config, flags(**changes)))
+    return module.main(load_config(module.Config, flags_of(module, **changes)))
+
+
+def flags(**changes) -> list[str]:
+    import train_llm
+    return flags_of(train_llm, **changes)
+
+
+def train(**changes) -> dict:
+    import train_llm
+    return train_stage(train_llm, **changes)
 
 
 def script(name: str, *args: str, **kwargs) -> subprocess.CompletedProcess:

@@ -9,9 +9,12 @@ from conftest import ROOT, flags, script
 
 import generate
 import train_llm
+import train_multimodal
+import train_vqvae
 from common import Count, UserError, check_run, load_config, milestones, open_run, ramp, run_script, to_plain, trapezoid
 from model import Llama
-from tools import bench
+from tools import bench, score_images
+from vqvae import VQVAE
 
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 
@@ -35,16 +38,30 @@ def test_flags_go_before_the_file_and_the_file_before_defaults(workdir):
     assert cfg.model.n_heads == train_llm.Config().model.n_heads
 
 
+STAGES = {"llm": train_llm, "vqvae": train_vqvae, "multimodal": train_multimodal}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_file_makes_a_model(path):
-    cfg = load_config(train_llm.Config, ["--config", str(path)])
-    assert train_llm.resolve_recipe(cfg) > 100
+    module = STAGES[path.stem.split("_")[0]]
+    cfg = load_config(module.Config, ["--config", str(path)])
+    module.resolve_recipe(cfg)
     with torch.device("meta"):
-        assert Llama(cfg.model).n_params() < 90e6
+        model = VQVAE(cfg.model) if module is train_vqvae else Llama(cfg.model)
+    assert 1e5 < sum(p.numel() for p in model.parameters()) < 90e6
 
 
-def test_88m_file_says_what_the_defaults_are():
-    assert load_config(train_llm.Config, ["--config", str(ROOT / "configs/llm_88m.yaml")]) == train_llm.Config()
+@pytest.mark.parametrize("name", ["llm_88m", "vqvae_cifar10", "multimodal_cifar10"])
+def test_the_real_files_say_what_the_defaults_are(name):
+    module = STAGES[name.split("_")[0]]
+    assert load_config(module.Config, ["--config", str(ROOT / f"configs/{name}.yaml")]) == module.Config()
+
+
+def test_the_multimodal_model_has_40m_parameters_and_fits_the_visual_tokenizer():
+    config, vqvae = train_multimodal.Config().model, train_vqvae.Config().model
+    with torch.device("meta"):
+        assert 39e6 < Llama(config).n_params() < 41e6
+    assert config.vocab_size == 49_152 + 2 + vqvae.codebook_size and vqvae.grid**2 == 1024 < config.seq_len
 
 
 def test_resolved_config_of_a_run_gives_the_same_run(workdir):
@@ -134,12 +151,14 @@ def test_recipe_follows_the_budget():
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "train_llm.py",
-                                  ROOT / "generate.py", ROOT / "tools/bench.py"], ids=lambda path: path.name)
+                                  ROOT / "generate.py", ROOT / "README_Multimodal.md", ROOT / "train_vqvae.py",
+                                  ROOT / "train_multimodal.py", ROOT / "tools/bench.py", ROOT / "tools/score_images.py"], ids=lambda path: path.name)
 def test_commands_in_the_docs_are_understood(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    commands = re.findall(r"python (train_llm\.py|generate\.py|-m tools\.bench)((?:[^\n`#|\\]|\\\n)*)", page.read_text())
+    scripts = {"train_llm.py": train_llm, "train_vqvae.py": train_vqvae, "train_multimodal.py": train_multimodal,
+               "generate.py": generate, "-m tools.bench": bench, "-m tools.score_images": score_images}
+    commands = re.findall(rf"python ({'|'.join(map(re.escape, scripts))})((?:[^\n`#|\\]|\\\n)*)", page.read_text())
     assert commands or page.parent.name == "docs"
     for name, rest in commands:
-        config = {"train_llm.py": train_llm, "generate.py": generate, "-m tools.bench": bench}[name].Config
         arguments = [a for a in shlex.split(rest.replace("\\\n", " ")) if a not in ("--resume", "--help")]
-        load_config(config, arguments)
+        load_config(scripts[name].Config, arguments)

@@ -151,12 +151,17 @@ def test_a_row_draws_the_same_whatever_is_beside_it():
 
 
 def test_sampling_options():
-    logits = torch.tensor([[1.0, 4.0, 3.0, 2.0]]).repeat(400, 1)
+    uniforms = torch.arange(1000) / 1000  # from 0 on: it must not fall on what is left out
+    logits = torch.tensor([[1.0, 4.0, 3.0, 2.0]]).repeat(1000, 1)
     def drawn(temperature=1.0, top_k=0, top_p=1.0):
-        return set(sample(logits, generators(400), temperature, top_k, top_p).tolist())
+        return set(sample(logits, uniforms, temperature, top_k, top_p).tolist())
     assert drawn(temperature=0) == {1} == drawn(top_k=1) == drawn(top_p=1e-9) == drawn(temperature=0.01)
     assert drawn(top_k=2) == {1, 2} == drawn(top_p=0.8)  # probabilities 0.03, 0.64, 0.24, 0.09
     assert drawn() == {0, 1, 2, 3} == drawn(top_k=9)
+    shares = sample(logits, uniforms, 1.0, 0, 1.0).bincount() / 1000
+    torch.testing.assert_close(shares, logits[0].softmax(0), atol=2e-3, rtol=0)
+    end = torch.tensor([1 - 2**-24])  # the largest below 1 takes the last that is left in
+    assert sample(logits[:1], end, 1.0, 0, 1.0) == 3 and sample(logits[:1], end, 1.0, 2, 1.0) == 2
 
 
 def test_bf16_computes_near_fp32_and_keeps_fp32_weights():

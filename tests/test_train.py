@@ -15,7 +15,8 @@ from conftest import ROOT, flags, train
 from safetensors.torch import load_file
 
 import train_llm
-from common import UserError, checkpoints, read_metrics, save_checkpoint
+from common import UserError, checkpoints, save_checkpoint
+from metrics import read_metrics
 from model import Llama
 
 
@@ -64,7 +65,7 @@ def test_loss_falls_and_the_run_folder_is_whole(workdir, capsys):
     assert json.loads(Path("runs/a/env.json").read_text())["torch"] == torch.__version__
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(lines) == 90 and "\r" not in "".join(lines)
-    for part in ("step 1/90", "1%", "tok/s", "lr 0.024", "gnorm", "ms", "mfu -", "mem", "eta"):
+    for part in ("step 1/90", "1%", "tokens/s", "lr 0.024", "gnorm", "ms", "mfu -", "mem", "eta"):
         assert part in lines[0]
 
 

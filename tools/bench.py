@@ -1,6 +1,7 @@
 """Measure this code against others, side by side in one run.
 
     python -m tools.bench training       # tokens/s against transformers' Apertus of the same shape with AdamW
+    python -m tools.bench drawing        # visual words/s of the 40M model with a cache against without
     python -m tools.bench loss           # peak memory of the loss and its gradient against one full tensor of logits
 """
 
@@ -11,20 +12,24 @@ from typing import Literal
 
 import torch
 
+import train_multimodal
+import train_vqvae
 from common import Clock, Count, check_positive, device_name, peak_memory_gb, resolve_device, run_script
-from model import ChunkedCrossEntropy, Llama, ModelConfig
+from model import ChunkedCrossEntropy, KVCache, Llama, ModelConfig
 from muon import build_optimizers
 
 
 @dataclass
 class Config:
     """What to measure."""
-    what: Literal["training", "loss"]
-    """The speed of training, or the memory of the loss."""
+    what: Literal["training", "drawing", "loss"]
+    """The speed of training or of drawing, or the memory of the loss."""
     rounds: int = 5
     """Times that each side is measured, by turns."""
     steps: int = 3
     """Training steps a time."""
+    words: int = 256
+    """Visual words drawn a time, of the 1,024 of a picture."""
     batch_tokens: Count = Count(4096)
     """Tokens a step, in one forward pass."""
     loss_tokens: Count = Count(16_384)
@@ -100,10 +105,42 @@ def training(cfg: Config, device: torch.device) -> None:
             clock.stop()
             if turn:
                 speeds[name].append(cfg.steps * inputs.numel() / clock.seconds)
+    compare(speeds)
+
+
+def compare(speeds: dict[str, list[float]]) -> None:
+    """Print the tokens/s of two sides, measured by turns, and their ratio."""
     for name, values in speeds.items():
-        print(f"{name}: {statistics.median(values):,.0f} tokens/s (from {min(values):,.0f} to {max(values):,.0f})")
+        print(f"{name}: {statistics.median(values):,.1f} tokens/s (from {min(values):,.1f} to {max(values):,.1f})")
     ratios = [a / b for a, b in zip(*speeds.values())]
-    print(f"ratio: {statistics.median(ratios):.2f}, median of {cfg.rounds} (from {min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"ratio: {statistics.median(ratios):.2f}, median of {len(ratios)} (from {min(ratios):.2f} to {max(ratios):.2f})")
+
+
+@torch.no_grad()
+def drawing(cfg: Config, device: torch.device) -> None:
+    """Print visual words/s of one picture with a cache, and of computing the whole sequence for every word."""
+    config, codes = train_multimodal.Config().model, train_vqvae.Config().model.codebook_size
+    model, rows = Llama(config, compute_dtype=getattr(torch, cfg.dtype)), slice(config.vocab_size - codes, None)
+    model.init_weights()
+    model.to(device)
+    prompt = torch.zeros(1, 8, dtype=torch.long, device=device)
+
+    def draw(cached: bool) -> None:
+        cache = KVCache(config, 1, 8 + cfg.words, device, model.compute_dtype) if cached else None
+        tokens = prompt
+        for _ in range(cfg.words):
+            word = model.head(model.hidden(tokens, cache)[:, -1], rows).argmax(-1, keepdim=True) + rows.start
+            tokens = word if cached else torch.cat((tokens, word), dim=1)
+    speeds = {"with a cache": [], "without": []}
+    for turn in range(cfg.rounds + 1):  # the first is warm-up
+        for name, values in speeds.items():
+            clock = Clock(device)
+            clock.start()
+            draw(name == "with a cache")
+            clock.stop()
+            if turn:
+                values.append(cfg.words / clock.seconds)
+    compare(speeds)
 
 
 def loss(cfg: Config, device: torch.device) -> float:
@@ -122,10 +159,10 @@ def loss(cfg: Config, device: torch.device) -> float:
 
 
 def main(cfg: Config) -> None:
-    check_positive(cfg, "rounds", "steps", "batch_tokens", "loss_tokens", "loss_vocab")
+    check_positive(cfg, "rounds", "steps", "words", "batch_tokens", "loss_tokens", "loss_vocab")
     device = resolve_device(cfg)
     print(f"{device_name(device)}, {cfg.dtype}, torch {torch.__version__}, {'compiled' if cfg.compile else 'not compiled'}")
-    {"training": training, "loss": loss}[cfg.what](cfg, device)
+    {"training": training, "drawing": drawing, "loss": loss}[cfg.what](cfg, device)
 
 
 if __name__ == "__main__":
