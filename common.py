@@ -66,6 +66,8 @@ def load_config(config_class, argv: list[str] | None = None):
     for action in parser._actions:
         if getattr(action, "_typehint", None) is bool:  # --resume alone means --resume true
             action.nargs, action.const = "?", True
+        if action.dest == "run" and not action.option_strings:  # find_run takes the newest
+            action.nargs, action.required, action.default = "?", False, ""
     try:
         values = parser.parse_args(argv)
         if values.get("resume"):
@@ -323,10 +325,13 @@ def checkpoints(run: Path, place: str = "checkpoints") -> list[Path]:
 
 
 def find_run(name: str) -> tuple[Path, Path, dict]:
-    """Run folder, checkpoint and config of a run: its name, its folder, or one of its checkpoints. Raises UserError.
+    """Run folder, checkpoint and config of a run: its name, its folder, one of its checkpoints, or "" for the newest run.
 
-    Of a run that keeps its best weights apart these are taken, otherwise the newest.
+    Of a run that keeps its best weights apart these are taken, otherwise the newest. Raises UserError.
     """
+    if not name and (newest := max(RUNS.glob("*/checkpoints/[0-9]*"), key=os.path.getmtime, default=None)):
+        name = str(newest.parents[1])
+        print(f"newest run: {name}", file=sys.stderr)
     path = next((p for p in (Path(name), RUNS / name) if name and p.is_dir()), None)
     if path is None:
         known = ", ".join(sorted(p.name for p in RUNS.glob("*") if p.is_dir())) or "none"

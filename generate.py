@@ -4,6 +4,8 @@
     python generate.py NAME --prompt FILE:story.txt --n 4 --temperature 0.8 --top_p 0.95
     echo "def main" | python generate.py NAME
     python generate.py NAME --prompt "A photo of a frog" --n 16 --guidance 2 --out frog.png
+
+Without NAME it is the newest run.
 """
 
 import re
@@ -32,7 +34,7 @@ from vqvae import VQVAE, VQVAEConfig
 class Config:
     """What to write or draw, and how."""
     run: str
-    """Name of a run under runs/, a run folder, or one of its checkpoints."""
+    """Name of a run under runs/, a run folder, or one of its checkpoints; none: the newest run."""
     prompt: str | None = None
     """Text to continue, or what to draw; FILE:path reads it from a file, and without it standard input is read; a last
     line break of either is dropped."""
@@ -169,9 +171,10 @@ def draw_codes(model: Llama, stream: Stream, prompts: list[list[int]], seeds: li
 
 
 def draw(model: Llama, vqvae: VQVAE, stream: Stream, captions: list[str], seeds: list[int], *, guidance: float = 2.0,
-         temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, batch: int = 64, bar: bool = False) -> Tensor:
-    """A picture for each caption, (N, 3, S, S) in [-1, 1]. Raises UserError for a caption that does not fit."""
-    prompts = [stream.prompt(caption) for caption in captions]
+         temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, batch: int = 64, cut: bool = False,
+         bar: bool = False) -> Tensor:
+    """A picture for each caption, (N, 3, S, S) in [-1, 1]. Raises UserError for one too long, unless it is to be cut."""
+    prompts = [stream.prompt(caption, cut) for caption in captions]
     codes = torch.empty(len(prompts), stream.image_tokens, dtype=torch.long, device=model.embed.weight.device)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of one length make a batch
     groups = []

@@ -213,7 +213,8 @@ def main(cfg: Config) -> dict:
         return json.loads((run / "summary.json").read_text())
     if not cfg.vqvae:
         raise UserError("--vqvae is missing: name a run of train_vqvae.py, which makes visual words of pictures")
-    vqvae_run, vqvae_folder, _ = find_run(str(run / "vqvae") if cfg.resume else cfg.vqvae)
+    copied = run / "vqvae"
+    vqvae_run, vqvae_folder, _ = find_run(str(copied) if copied.exists() else cfg.vqvae)
     vqvae = load_vqvae(str(vqvae_folder), device, getattr(torch, cfg.dtype))
     size, rows = vqvae.config.image_size, cfg.batch_sequences - text_rows
 
@@ -223,10 +224,10 @@ def main(cfg: Config) -> dict:
     tokenizer = load_tokenizer(cfg.data, f"captions of {train.id}", lambda: (
         train.caption(i, 0) for i in spread(train, TOKENIZER_CAPTIONS)))
     stream = Stream(tokenizer, vqvae.config, cfg.model)
-    weights = file_sha256(vqvae_folder / "model.safetensors")
+    vqvae_sha256 = file_sha256(vqvae_folder / "model.safetensors")
 
     def caching(data, n_draws: int, augment: bool) -> CodeCache:
-        key = {"weights": weights, "pictures": data.id, "augment": augment}
+        key = {"weights": vqvae_sha256, "pictures": data.id, "augment": augment}
         return CodeCache(cfg.data.cache, key, len(data) * n_draws, stream.image_tokens)
 
     def encode(data, indices: list[int], draws: list[int] | None) -> Tensor:
@@ -235,9 +236,15 @@ def main(cfg: Config) -> dict:
 
     passes = -(-steps * rows // len(train))
     cache = caching(train, passes, cfg.data.augment) if device.type == "cpu" else None
+    prompts = cfg.sample_prompts or [val.caption(i, 0) for i in spread(val, cfg.sample_n)]
+    prompts = [prompts[i % len(prompts)] for i in range(cfg.sample_n)]
+    for prompt in cfg.sample_prompts:
+        stream.prompt(prompt)  # raises now what would otherwise stop the run at its first evaluation
     checked = spread(val, cfg.eval_sequences)
     val_codes = caching(val, 1, False).get(checked, lambda missing: encode(val, missing, None))
-    val_tokens, val_starts = stream.sequences([stream.prompt(val.caption(i, 0), cut=True) for i in checked], val_codes)
+    captions = [val.caption(i, 0) for i in checked]
+    val_tokens, val_starts = stream.sequences([stream.prompt(caption, cut=True) for caption in captions], val_codes)
+    n_cut = sum(len(stream.words(caption)) > stream.caption_tokens for caption in captions)
     text = None
     if text_rows:
         texts = DataConfig(source=cfg.text_source, tokenizer=cfg.data.tokenizer, cache=cfg.data.cache)
@@ -246,13 +253,6 @@ def main(cfg: Config) -> dict:
         if len(text) <= cfg.model.seq_len:
             raise UserError(f"--text_source {cfg.text_source} has {len(text)} tokens, fewer than one sequence of "
                             f"{cfg.model.seq_len}: give more text")
-    open_run(cfg, run)
-    tokenizer.save_pretrained(run / "tokenizer")
-    if not (run / "vqvae").exists():
-        shutil.copytree(vqvae_folder, run / "vqvae.tmp" / "checkpoints" / vqvae_folder.name,
-                        ignore=shutil.ignore_patterns("optimizer.pt"), dirs_exist_ok=True)
-        shutil.copy(vqvae_run / "config.yaml", run / "vqvae.tmp")
-        (run / "vqvae.tmp").rename(run / "vqvae")
 
     def read(step: int):
         indices, draws = picks(step, rows, len(train), cfg.seed)
@@ -278,6 +278,14 @@ def main(cfg: Config) -> dict:
     if cfg.init_from:
         start_from(model, cfg.init_from, tokenizer)
     model.to(device)
+    open_run(cfg, run)
+    tokenizer.save_pretrained(run / "tokenizer")
+    if not copied.exists():
+        tmp = run / "vqvae.tmp"
+        shutil.copytree(vqvae_folder, tmp / "checkpoints" / vqvae_folder.name, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("optimizer.pt"))
+        shutil.copy(vqvae_run / "config.yaml", tmp)
+        tmp.rename(copied)
 
     def losses(tokens: Tensor, starts: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
         return picture_losses(model, stream, tokens, starts, told)
@@ -291,9 +299,9 @@ def main(cfg: Config) -> dict:
     def backward(tokens: Tensor, starts: Tensor, told: Tensor, windows: Tensor | None) -> Tensor:
         """Accumulate the gradient; the mean losses (3,) of visual words, captions and plain text."""
         found = torch.zeros(3, device=device)
-        for part in torch.arange(len(tokens)).split(cfg.micro_batch):
-            image, caption = losses(tokens[part], starts[part], told[part])
-            share = len(part) / len(tokens)
+        for part in zip(*(t.split(cfg.micro_batch) for t in (tokens, starts, told))):
+            image, caption = losses(*part)
+            share = len(part[0]) / len(tokens)
             ((image + cfg.text_weight * caption) * share * rows / cfg.batch_sequences).backward()
             found[:2] += torch.stack([image, caption]).detach() * share
         for part in windows.split(cfg.micro_batch) if windows is not None else ():
@@ -319,6 +327,7 @@ def main(cfg: Config) -> dict:
           f"{vqvae.config.codebook_size:,} visual words\n"
           f"data {len(train):,} pictures, {steps * rows / len(train):.2f} passes; validation on {len(val_tokens)} of {len(val):,}; "
           f"codes {'kept in ' + str(cache.path) if cache else 'made on the fly'}\n"
+          f"captions of up to {stream.caption_tokens} tokens, longer ones are cut: {n_cut} of those for validation\n"
           f"steps {steps} of {rows} pictures of {stream.image_tokens} visual words" +
           (f" and {text_rows} texts" if text_rows else "") + f", {cfg.micro_batch} at a time\n"
           f"recipe muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, adamw_lr {cfg.adamw_lr:.4g}", flush=True)
@@ -341,8 +350,6 @@ def main(cfg: Config) -> dict:
     per_token += 6 * cfg.model.n_layers * cfg.model.d_model * cfg.model.seq_len
     metrics = Metrics(run, cfg, first, steps, clock=clock, unit="sequences", per_step=cfg.batch_sequences,
                       flops=per_token * cfg.model.seq_len * cfg.batch_sequences)
-    prompts = cfg.sample_prompts or [val.caption(i, 0) for i in spread(val, cfg.sample_n)]
-    prompts = [prompts[i % len(prompts)] for i in range(cfg.sample_n)]
 
     def evaluate_now(step: int) -> None:
         image, caption = evaluate(losses, val_tokens, val_starts, cfg.micro_batch, device)
@@ -352,7 +359,7 @@ def main(cfg: Config) -> dict:
         metrics.line(f"val {step}/{steps} | visual words {image:.4f} nats, {image / math.log(2):.3f} bits | captions {caption:.4f}")
         if prompts:
             pictures = to_uint8(draw(model, vqvae, stream, prompts, [cfg.seed + i for i in range(len(prompts))],
-                                     guidance=cfg.guidance))
+                                     guidance=cfg.guidance, cut=True))
             sheet(pictures, min(8, len(prompts)), titles=prompts).save(run / "samples" / f"{step:07d}.png")
 
     evals, saves = milestones(steps, cfg.eval_every), milestones(steps, cfg.save_every)
@@ -400,7 +407,7 @@ def main(cfg: Config) -> dict:
     best = min(rows_seen, key=lambda row: row["val_loss"])
     return metrics.finish(model, steps * cfg.batch_sequences * cfg.model.seq_len, val_loss=best["val_loss"],
                           val_text_loss=best["val_text_loss"], best_step=best["step"], val_last=rows_seen[-1]["val_loss"],
-                          bits_per_visual_word=best["val_loss"] / math.log(2), vqvae_sha256=weights)
+                          bits_per_visual_word=best["val_loss"] / math.log(2), vqvae_sha256=vqvae_sha256)
 
 
 if __name__ == "__main__":

@@ -291,12 +291,9 @@ def main(cfg: Config) -> dict:
         if found["codes_used"] < shape.codebook_size / 10:
             metrics.line(f"warning: only {found['codes_used']} of {shape.codebook_size} codes are in use: the codebook has "
                          "collapsed, or the pictures hold no more")
-        some = val_pictures[:16]
-        back = model.decode(model.encode(some.to(device)))
-        rows = [row for pair in zip(to_uint8(some).reshape(-1, 8, size, size, 3) if len(some) == 16 else to_uint8(some)[None],
-                                    to_uint8(back).reshape(-1, 8, size, size, 3) if len(some) == 16 else to_uint8(back)[None])
-                for row in pair]
-        sheet(np.concatenate(rows), columns=len(rows[0])).save(run / "samples" / f"{step:07d}.png")
+        some = val_pictures[:12].to(device)
+        rows = np.concatenate([to_uint8(some), to_uint8(model.decode(model.encode(some)))])
+        sheet(rows, columns=len(some)).save(run / "samples" / f"{step:07d}.png")
 
     evals, saves = milestones(steps, cfg.eval_every), milestones(steps, cfg.save_every)
     if first in evals and not evaluated(run, first):

@@ -39,7 +39,7 @@ class Stream:
     def prompt(self, caption: str, cut: bool = False) -> list[int]:
         """[BOS] caption <seg_start>. Raises UserError for none or one too long, unless it is to be cut."""
         words = self.words(caption)
-        if not words:
+        if not caption.strip():
             raise UserError("the prompt is empty: say what to draw")
         if len(words) > self.caption_tokens and not cut:
             raise UserError(f"the prompt has {len(words)} tokens, the model takes {self.caption_tokens}: shorten it")

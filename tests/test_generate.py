@@ -25,7 +25,8 @@ def test_text_from_name_folder_and_checkpoint_is_the_same(run, capsys):
     assert out == f"a fox{texts[0]}\n" and len(texts[0]) > 10  # streamed, and nothing else printed
     for place in ("runs/a", "runs/a/checkpoints/0000050"):
         assert write(place, "--prompt", "a fox", "--max_tokens", "20") == texts
-    early, late = (generate.load_run(place, load_config(generate.Config, [place]))[0] for place in ("runs/a/checkpoints/0000045", "a"))
+    assert write("--prompt", "a fox", "--max_tokens", "20") == texts  # the newest run
+    early, late = (generate.load_run(place, load_config(generate.Config, [place])).model for place in ("runs/a/checkpoints/0000045", "a"))
     assert not torch.equal(early.embed.weight, late.embed.weight)
 
 
@@ -46,7 +47,8 @@ def test_prompt_from_file_and_standard_input(run):
 
 def test_characters_of_several_tokens_come_out_whole(run):
     """This emoji is four byte tokens; one cut off at the end is dropped, and so is a stray byte."""
-    model, tokenizer = generate.load_run(run, load_config(generate.Config, [run]))
+    loaded = generate.load_run(run, load_config(generate.Config, [run]))
+    model, tokenizer = loaded.model, loaded.tokenizer
     ids = tokenizer("x🐸y")["input_ids"]
     assert len(ids) > 4
     for cut, expected in ((ids, "x🐸y"), (ids[:-2], "x"), ([ids[0], ids[2], *ids[-1:]], "xy")):
@@ -57,7 +59,8 @@ def test_characters_of_several_tokens_come_out_whole(run):
 
 
 def test_end_of_text_ends_it(run):
-    model, tokenizer = generate.load_run(run, load_config(generate.Config, [run]))
+    loaded = generate.load_run(run, load_config(generate.Config, [run]))
+    model, tokenizer = loaded.model, loaded.tokenizer
     a, b = tokenizer("ab")["input_ids"]
     rows = [[a, a], [b, tokenizer.eos_token_id], [tokenizer.eos_token_id, b], [a, a]]
     model.generate = lambda prompt, *_, **__: iter([prompt.new_tensor(row) for row in rows])
@@ -72,7 +75,7 @@ def test_prompt_up_to_the_context_and_no_longer(run):
 
 @pytest.mark.parametrize("args, says", [
     (["nobody"], "no run 'nobody'; the runs here are: a"), (["a", "--n", "0"], "--n is 0"),
-    (["a", "--temperature", "-1"], "temperature -1.0"), (["a", "--top_p", "0"], "top_p 0.0"),
+    (["a", "--temperature", "-1"], "temperature -1.0"), (["a", "--kind", "image"], "cannot draw"), (["a", "--top_p", "0"], "top_p 0.0"),
     (["a", "--prompt", "FILE:none.txt"], "none.txt"), (["runs"], "has no checkpoint")])
 def test_bad_input_is_one_clear_line(run, args, says):
     with pytest.raises(UserError) as error:

@@ -99,6 +99,21 @@ def test_stored_codes_decode_to_the_reconstruction():
     torch.testing.assert_close(commit, (found - model.quantizer.codes[codes.flatten()]).square().mean())
 
 
+def test_it_compiles_as_one_graph():
+    model, x = noisy(VQVAE(SMALL)), torch.rand(2, 3, 32, 32) * 2 - 1
+    compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
+    for traced, plain in zip(compiled(x), model(x)):
+        torch.testing.assert_close(traced, plain)
+
+
+def test_bf16_computes_near_fp32_and_codes_stay_fp32():
+    exact, rough = (noisy(VQVAE(SMALL, dtype)) for dtype in (torch.float32, torch.bfloat16))
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    a, b = exact.features(x), rough.features(x)
+    assert b.dtype == torch.float32 and (a - b).abs().mean() < 0.05 * a.abs().mean() and not torch.equal(a, b)
+    assert {p.dtype for p in rough.state_dict().values()} == {torch.float32}
+
+
 def test_untrained_it_is_a_palette_and_a_crop_is_coded_as_in_the_whole():
     model, x = VQVAE(SMALL), torch.rand(1, 3, 32, 32) * 2 - 1
     small = F.interpolate(x, size=(8, 8), mode="bilinear")

@@ -33,7 +33,7 @@ BESIDE = 16  # drawn pictures shown beside the real training picture nearest to 
 class Config:
     """What to draw, and by what to judge it."""
     run: str
-    """Name of a run under runs/, a run folder, or one of its checkpoints."""
+    """Name of a run under runs/, a run folder, or one of its checkpoints; none: the newest run."""
     n: int | Literal["auto"] = "auto"
     """Pictures to draw, for shapes of pairs seen in training and as many of unseen ones; auto: 1000 on a GPU, else 64."""
     n_real: int | Literal["auto"] = "auto"
