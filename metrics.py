@@ -44,11 +44,12 @@ class Metrics:
     def log(self, step: int, loss: float, lr: float, norm: float) -> None:
         """Show how far training is and how fast it was since the last time."""
         seconds = (self.clock.seconds - self.mark[1]) / (step - self.mark[0])
-        self.mark = step, self.clock.seconds
+        self.mark, speed = (step, self.clock.seconds), self.per_step / seconds
         text = (f"{step / self.steps:.0%} | {step * self.per_step:,} {self.unit} | loss {loss:.4f} | lr {lr:.4g} | "
-                f"gnorm {norm:.3f} | {seconds * 1e3:.0f} ms | {self.per_step / seconds:,.0f} {self.unit}/s | "
+                f"gnorm {norm:.3f} | {seconds * 1e3:.0f} ms | {speed:,.{0 if speed > 10 else 2}f} {self.unit}/s | "
                 f"mfu {f'{self.flops / seconds / self.peak:.1%}' if self.peak else '-'} | "
-                f"mem {peak_memory_gb(self.clock.device):.1f} GB | eta {timedelta(seconds=round(seconds * (self.steps - step)))}")
+                f"mem {peak_memory_gb(self.clock.device):.1f} GB | "
+                f"eta {timedelta(seconds=round(seconds * (self.steps - step)))}")
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(text) if self.tty else print(f"step {step}/{self.steps} | {text}", flush=True)
 

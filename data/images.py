@@ -7,6 +7,7 @@ the d-th pass over the data is a pure function of (index, d), so resuming is exa
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -294,22 +295,21 @@ def to_uint8(pictures: Tensor) -> np.ndarray:
 
 
 def sheet(pictures: np.ndarray, columns: int, titles: Sequence[str] = (), heading: str = "", gap: int = 2) -> Image.Image:
-    """Pictures (N, S, S, 3) uint8 side by side, under a heading and each under its title, if there are any."""
+    """Pictures (N, S, S, 3) uint8 side by side, under a heading and each under its title, if there are any.
+
+    Small pictures are enlarged, pixel by pixel, until a title of four lines has room.
+    """
+    scale = -(-128 // pictures.shape[1]) if titles else 1
+    pictures = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
     n, side = pictures.shape[:2]
-    top, head = 16 if heading else 0, 14 if titles else 0
+    top, head = 16 if heading else 0, 50 if titles else 0
     wide, high = columns * (side + gap) + gap, top + -(-n // columns) * (side + head + gap) + gap
-    paper = Image.new("RGB", (wide, high), "white")
+    paper = Image.new("RGB", (wide, high), "lightgray")  # a picture may be white
     pen = ImageDraw.Draw(paper)
-    for i, (picture, title) in enumerate(zip(pictures, titles or [""] * n)):
+    for i, picture in enumerate(pictures):
         x, y = gap + i % columns * (side + gap), top + gap + i // columns * (side + head + gap)
         paper.paste(Image.fromarray(picture), (x, y + head))
-        pen.text((x, y), fitted(pen, title, side), fill="black")
-    pen.text((gap, 2), fitted(pen, heading, wide - gap), fill="black")
+        if titles:
+            pen.multiline_text((x, y), "\n".join(textwrap.wrap(titles[i], side // 6)[:4]), fill="black", spacing=1)
+    pen.text((gap, 2), heading, fill="black")
     return paper
-
-
-def fitted(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """The text, cut to a width in pixels."""
-    while text.strip(".") and pen.textlength(text) > width:
-        text = text.rstrip(".")[:-1] + ".."
-    return text
