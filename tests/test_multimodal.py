@@ -168,7 +168,10 @@ def test_planted_pictures_come_back_from_their_captions(pets, capsys):
     text = generate.main(load_config(generate.Config, ["m", "--prompt", "a photo", "--kind", "text", "--max_tokens", "8"]))
     assert isinstance(text[0], str) and "<" not in text[0]
     scores = score_images.main(load_config(score_images.Config, ["m", "--n", "8", "--n_argmin", "8"]))
-    assert json.loads(Path("runs/m/scores.json").read_text()) == scores and Path("runs/m/scores.png").exists()
+    assert json.loads(Path("runs/m/scores.json").read_text()) == scores and scores["classifier"] == "cpu" and Path("runs/m/scores.png").exists()
+    assert scores["diversity"]["drawn"] >= 0
+    few = score_images.main(load_config(score_images.Config, ["m", "--n", "4", "--n_argmin", "0"]))
+    assert few["diversity"]["drawn"] is None and "argmin_accuracy" not in few
     assert scores["argmin_accuracy"] >= 0.75 and scores["class_accuracy"].keys() == {"drawn", "ceiling_reconstructed", "ceiling_real"}
 
 
@@ -226,6 +229,7 @@ def test_bad_input_is_one_clear_line(pets):
         (generate, "m --prompt="): "the prompt is empty", (generate, "m --prompt=\n"): "the prompt is empty", (generate, "m --guidance=-1"): "--guidance is -1.0", (generate, "m --n=0"): "--n is 0",
         (generate, "m --prompt=" + "z" * 99): "the prompt has 99 tokens, the model takes 32", (generate, "m --out=file/x.png"): "file/x.png cannot be written",
         (generate, "m --out=x.gif"): "give the name of a .png file", (generate, "v"): "is a VQ-VAE", (score_images, "lm"): "draws nothing",
+        (score_images, "m --n 1"): "distances need 2 drawn",
     }
     for (module, line), says in cases.items():
         args = [*flags_of(train_multimodal, run="new", **pets), line] if module is train_multimodal else line.split()

@@ -130,6 +130,8 @@ def score_labelled(cfg: Config, loaded: Loaded, data_config: ImageConfig) -> tup
     train, test = (load_pictures(data_config, split, size, captions=True) for split in ("train", "val"))
     if train.classes is None or test.classes != train.classes:
         raise UserError(f"data source {data_config.source} has captions but no labels: there is nothing to judge by")
+    if cfg.n < 2 or cfg.n_real <= len(test.classes):
+        raise UserError(f"--n {cfg.n} and --n_real {cfg.n_real}: distances need 2 drawn and {len(test.classes) + 1} real pictures")
     everything = list(range(len(train)))
     real = torch.cat([thumbnails(real_pictures(train, part, loaded)) for part in in_parts(everything)])
     name = cfg.classifier if cfg.classifier != "auto" else "gpu" if device.type == "cuda" else "cpu"
@@ -165,7 +167,9 @@ def score_labelled(cfg: Config, loaded: Loaded, data_config: ImageConfig) -> tup
                              "floor_real": frechet_distance(others, real_features)},
         "kernel_distance": {"drawn": kernel_distance(drawn_features, real_features),
                             "floor_real": kernel_distance(others, real_features)},
-        "diversity": {"drawn": diversity(drawn_features, asked), "real": diversity(real_features, labels)},
+        # of pictures of one class, so there must be two of one
+        "diversity": {"drawn": diversity(drawn_features, asked) if cfg.n > len(train.classes) else None,
+                      "real": diversity(real_features, labels)},
         "classifier": name, "n_real": len(tested)}
     if cfg.n_argmin:
         own = [f"a photo of {article(name.replace('_', ' ').lower())}" for name in train.classes]
