@@ -182,8 +182,8 @@ def draw(model: Llama, vqvae: VQVAE, stream: Stream, captions: list[str], seeds:
         if not groups or len(groups[-1]) == batch or len(prompts[groups[-1][0]]) != len(prompts[i]):
             groups.append([])
         groups[-1].append(i)
-    with tqdm(total=len(groups) * stream.image_tokens, desc="drawing", unit="word", disable=not (bar and sys.stderr.isatty()),
-              leave=False) as progress:
+    with tqdm(total=len(groups) * stream.image_tokens, desc="drawing", unit="word", leave=False,
+              disable=not (bar and sys.stderr.isatty())) as progress:
         for group in groups:
             codes[group] = draw_codes(model, stream, [prompts[i] for i in group], [seeds[i] for i in group],
                                       guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p,

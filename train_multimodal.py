@@ -23,10 +23,11 @@ from torch import Tensor
 from common import (Clock, Count, Interrupt, UserError, check_not_negative, check_positive, check_run, check_shares,
                     checkpoints, device_name, find_run, fitting_sequences, load_checkpoint, milestones, open_run, ramp,
                     resolve_device, run_script, save_checkpoint, stop, trapezoid)
-from data.images import CodeCache, ImageConfig, load_batch, load_pictures, picks, sheet, spread, to_uint8
+from data.images import (CodeCache, ImageConfig, load_pictures, load_pixels, picks, scaled, sheet, spread,
+                         to_uint8)
 from data.order import batch_indices, prefetch
 from data.stream import Stream
-from data.text import DataConfig, Tokens, digest, file_sha256, prepare
+from data.text import DataConfig, Tokens, file_sha256, prepare
 from data.tokenizer import load_tokenizer
 from generate import draw, load_vqvae
 from metrics import Metrics, evaluated, read_metrics
@@ -231,8 +232,8 @@ def main(cfg: Config) -> dict:
         return CodeCache(cfg.data.cache, key, len(data) * n_draws, stream.image_tokens)
 
     def encode(data, indices: list[int], draws: list[int] | None) -> Tensor:
-        pictures = load_batch(data, indices, draws, size, device)
-        return torch.cat([vqvae.encode(part).flatten(1) for part in pictures.split(32)])
+        pixels = load_pixels(data, indices, draws)
+        return torch.cat([vqvae.encode(scaled(part, size, device)).flatten(1) for part in pixels.split(32)])
 
     passes = -(-steps * rows // len(train))
     cache = caching(train, passes, cfg.data.augment) if device.type == "cpu" else None
@@ -265,7 +266,7 @@ def main(cfg: Config) -> dict:
             content = cache.get(wanted, lambda missing: encode(
                 train, [row % len(train) for row in missing], draws and [row // len(train) for row in missing]))
         else:
-            content = load_batch(train, indices, draws, size, torch.device("cpu"))
+            content = load_pixels(train, indices, draws)
         windows = None
         if text:
             n_windows = (len(text) - 1) // cfg.model.seq_len
@@ -373,7 +374,7 @@ def main(cfg: Config) -> dict:
                 group["lr"] = group["peak_lr"] * factor
             for group in muon.param_groups:
                 group["momentum"] = ramp(step / steps, 0.85, 0.95, cfg.momentum_warmup_frac)
-            codes = content if cache else vqvae.encode(content.to(device)).flatten(1).cpu()
+            codes = content if cache else vqvae.encode(scaled(content, size, device)).flatten(1).cpu()
             tokens, starts = stream.sequences(asked, codes)
             found = backward(tokens.to(device), starts.to(device), told.to(device), windows)
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from common import (Clock, Count, Interrupt, UserError, check_not_negative, check_positive, check_run, check_shares,
                     checkpoints, device_name, load_checkpoint, milestones, open_run, resolve_device, run_script,
                     save_checkpoint, stop, trapezoid)
-from data.images import ImageConfig, load_batch, load_pictures, picks, sheet, spread, to_uint8
+from data.images import (ImageConfig, load_pictures, load_pixels, picks, plain_pictures, scaled, sheet, spread,
+                         to_uint8)
 from data.order import prefetch
 from metrics import Metrics, evaluated, read_metrics
 from vqvae import VARIANCE, VQVAE, Quantizer, VQVAEConfig
@@ -226,8 +227,8 @@ def main(cfg: Config) -> dict:
     size, shape = cfg.model.image_size, cfg.model
     val = load_pictures(cfg.data, "val", size)
     train = load_pictures(cfg.data, "train", size)
-    val_pictures = load_batch(val, spread(val, cfg.eval_images), None, size, torch.device("cpu"))
-    start = load_batch(train, spread(train, START_PICTURES), None, size, device)
+    val_pictures = plain_pictures(val, spread(val, cfg.eval_images), size, torch.device("cpu"))
+    start = plain_pictures(train, spread(train, START_PICTURES), size, device)
     if len(start) * shape.grid**2 < shape.codebook_size:
         raise UserError(f"{len(train)} pictures have {len(start) * shape.grid**2} cells, fewer than --model.codebook_size "
                         f"{shape.codebook_size}: give more pictures, or fewer codes")
@@ -235,7 +236,7 @@ def main(cfg: Config) -> dict:
 
     def read(step: int) -> Tensor:
         indices, draws = picks(step, cfg.batch_images, len(train), cfg.seed)
-        return load_batch(train, indices, draws if cfg.data.augment else None, size, torch.device("cpu"))
+        return load_pixels(train, indices, draws if cfg.data.augment else None)
 
     # ---- model
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -300,12 +301,13 @@ def main(cfg: Config) -> dict:
         evaluate_now(first)
     with Interrupt() as interrupt:
         clock.start()
-        for step, pictures in enumerate(prefetch(read, first, steps, device), start=first + 1):
+        for step, pixels in enumerate(prefetch(read, first, steps, device), start=first + 1):
             lr = cfg.lr * trapezoid(step / steps, cfg.warmup_frac, cfg.cooldown_frac, 0.0)
             optimizer.param_groups[0]["lr"] = lr
+            pictures = scaled(pixels, size, device)
             if cfg.crop:
                 pictures = random_crops(pictures, cfg.crop, shape.downsample, np.random.default_rng((cfg.seed, step)))
-            terms, vectors, codes = backward(forward, pictures.to(device), cfg)
+            terms, vectors, codes = backward(forward, pictures, cfg)
             norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
             if cfg.grad_clip:
                 nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
@@ -342,7 +344,7 @@ def main(cfg: Config) -> dict:
     last = next(row for row in reversed(read_metrics(run)) if "val_loss" in row)
     found = {key: last[key] for key in last if key not in ("step", "images")} | {"palette_psnr": state["palette_psnr"]}
     if cfg.probe_steps:
-        some = load_batch(train, spread(train, PROBE_PICTURES), None, size, torch.device("cpu"))
+        some = plain_pictures(train, spread(train, PROBE_PICTURES), size, torch.device("cpu"))
         codes = [torch.cat([model.encode(part.to(device)) for part in pictures.split(50)]) for pictures in (some, val_pictures)]
         found["probe_nats"] = probe_nats(*codes, shape.codebook_size, cfg.probe_steps)
     return metrics.finish(model, steps * cfg.batch_images * cells**2, **found)

@@ -27,8 +27,6 @@ from data.order import batch_indices
 from data.text import NO_NETWORK, digest, file_sha256, in_validation, reason, revisions
 
 OFFLINE = NO_NETWORK.replace("'folder/*.parquet'", "FOLDER or 'folder/*.parquet'").replace("llm_demo", "vqvae_demo")
-CAPTION_COLUMNS = ("text", "caption")
-HELD_OUT_SPLITS = ("test", "validation", "val")
 SHAPES = {"train": 1_000_000, "val": 10_000}  # drawn scenes that count as one pass
 TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}", "a photograph of {}", "a small photo of {}", "{}",
              "a snapshot of {}", "this is {}", "here is {}", "a low-resolution photo of {}", "a thumbnail of {}",
@@ -89,7 +87,7 @@ def choose_split(cfg: ImageConfig, split: str) -> tuple[str, datasets.Dataset, f
     own = split == "val" and cfg.val_source is not None
     source = cfg.val_source if own else cfg.source
     found = open_source(source)
-    held = next((name for name in HELD_OUT_SPLITS if name in found), None)
+    held = next((name for name in ("test", "validation", "val") if name in found), None)
     train = "train" if "train" in found else next(iter(found))
     if split == "val" and held:
         return source, found[held], 0.0
@@ -103,7 +101,7 @@ def columns(source: str, rows: datasets.Dataset) -> tuple[str, str | None, list[
                     or isinstance(kind, dict) and kind.keys() == {"bytes", "path"}), None)
     if picture is None:
         raise UserError(f"data source {source} has no column of pictures but {', '.join(kinds)}")
-    text = next((name for name in CAPTION_COLUMNS if name in kinds), None)
+    text = next((name for name in ("text", "caption") if name in kinds), None)
     label = next((name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)), None)
     return picture, text or label, None if text or label is None else kinds[label].names
 
@@ -135,7 +133,7 @@ def prepare(cfg: ImageConfig, split: str, size: int) -> Path:
                 picture = datasets.Image().decode_example(row[picture_column]).convert("RGB")
             except Exception as error:  # PIL raises dozens of kinds
                 name = (row[picture_column] or {}).get("path") or f"number {i}"
-                raise UserError(f"picture {name} of {source} cannot be read: {reason(error)}; mend it or leave it out") from error
+                raise UserError(f"picture {name} of {source} cannot be read: {reason(error)}; mend or remove it") from error
             side = side or min(*picture.size, size)
             pixels = np.asarray(square(picture, side))
             if fraction and in_validation({"": pixels.ravel()}, fraction) != (split == "val"):
@@ -156,8 +154,7 @@ def prepare(cfg: ImageConfig, split: str, size: int) -> Path:
 
 def square(picture: Image.Image, side: int) -> Image.Image:
     """The middle square of a picture at side x side pixels."""
-    w, h = picture.size
-    edge = min(w, h)
+    (w, h), edge = picture.size, min(picture.size)
     box = ((w - edge) / 2, (h - edge) / 2, (w + edge) / 2, (h + edge) / 2)
     return picture if picture.size == (side, side) else picture.resize((side, side), Image.Resampling.BICUBIC, box=box)
 
@@ -203,7 +200,7 @@ class Pictures:
 
 
 def reflected(positions: np.ndarray, side: int) -> np.ndarray:
-    """Positions outside 0 to side - 1 mirrored at the border pixel's centre."""
+    """Positions outside 0 to side - 1 mirrored there."""
     return side - 1 - np.abs(side - 1 - np.abs(positions))
 
 
@@ -228,8 +225,7 @@ class Shapes:
 
     def __init__(self, split: str, side: int):
         self.side, self.seed, self.n = side, 0 if split == "train" else 1, SHAPES[split]
-        self.id = f"shapes-{split}-{side}"
-        self.captions = self
+        self.id, self.captions = f"shapes-{split}-{side}", self
 
     def __len__(self) -> int:
         return self.n
@@ -252,13 +248,22 @@ def load_pictures(cfg: ImageConfig, split: str, size: int, captions: bool = Fals
 
 
 # --------------------------------------------------------------------------------------------------------- batches
-def load_batch(data: Pictures | Shapes, indices: Sequence[int], draws: Sequence[int] | None, size: int,
-               device: torch.device) -> Tensor:
-    """Pictures (B, 3, size, size) in [-1, 1] on the device, augmented for their pass unless draws is None."""
+def load_pixels(data: Pictures | Shapes, indices: Sequence[int], draws: Sequence[int] | None) -> Tensor:
+    """Pictures (B, 3, s, s) uint8 as they are stored, augmented for their pass unless draws is None."""
     plain = draws is None or isinstance(data, Shapes)
-    pixels = np.stack([data.pixels(i) if plain else data.augmented(i, d) for i, d in zip(indices, draws or indices)])
-    pictures = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
-    return pictures if data.side == size else F.interpolate(pictures, size=(size, size), mode="bilinear")
+    return torch.from_numpy(np.stack([data.pixels(i) if plain else data.augmented(i, d)
+                                      for i, d in zip(indices, draws or indices)]))
+
+
+def scaled(pixels: Tensor, size: int, device: torch.device) -> Tensor:
+    """Pixels (B, 3, s, s) uint8 as pictures (B, 3, size, size) in [-1, 1] on the device."""
+    pictures = pixels.to(device).float() / 127.5 - 1
+    return pictures if pixels.shape[-1] == size else F.interpolate(pictures, size=(size, size), mode="bilinear")
+
+
+def plain_pictures(data: Pictures | Shapes, indices: Sequence[int], size: int, device: torch.device) -> Tensor:
+    """Pictures (B, 3, size, size) in [-1, 1] on the device, as they are."""
+    return scaled(load_pixels(data, indices, None), size, device)
 
 
 def picks(step: int, batch: int, n: int, seed: int) -> tuple[list[int], list[int]]:

@@ -26,12 +26,13 @@ class Stream:
         self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.eos
         self.caption_tokens = model.seq_len - self.image_tokens - 4
         if self.vocab_size != model.vocab_size:
-            raise UserError(f"--model.vocab_size {model.vocab_size} does not fit {self.n_text} text entries, two markers and the "
-                            f"{codes.codebook_size} codes of the VQ-VAE: set it to {self.vocab_size}, or name another --vqvae")
+            raise UserError(f"--model.vocab_size {model.vocab_size} does not fit {self.n_text} text entries, two markers and "
+                            f"the {codes.codebook_size} codes of the VQ-VAE: set it to {self.vocab_size}, or name another "
+                            "--vqvae")
         if model.cells != self.image_tokens or not 1 <= self.caption_tokens <= 256:
             raise UserError(f"--model.cells {model.cells} with --model.seq_len {model.seq_len} does not fit the VQ-VAE's "
-                            f"{self.grid} x {self.grid} grid: set them to {self.image_tokens} and to {self.image_tokens + 4} "
-                            "and the room for a caption (1 to 256 tokens), or name another --vqvae")
+                            f"{self.grid} x {self.grid} grid: set them to {self.image_tokens} and to "
+                            f"{self.image_tokens + 4} and the room for a caption (1 to 256 tokens), or name another --vqvae")
 
     def words(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from common import UserError
 from data import images
-from data.images import CodeCache, ImageConfig, Shapes, load_batch, load_pictures, picks, sheet
+from data.images import CodeCache, ImageConfig, Shapes, load_pictures, load_pixels, picks, plain_pictures, scaled, sheet
 
 CPU = torch.device("cpu")
 
@@ -64,7 +64,7 @@ def test_other_sizes_are_cut_square_and_made_small(workdir):
         Image.fromarray(wide).save(f"a/x/{i}.png")
     data = load_pictures(ImageConfig(source="a", val_source="a"), "train", 16)
     assert data.side == 16 and (abs(data.pixels(0).astype(int) - 200) < 20).all()  # edges see a little beyond
-    assert load_batch(data, [0, 1], None, 16, CPU).shape == (2, 3, 16, 16)
+    assert plain_pictures(data, [0, 1], 32, CPU).shape == (2, 3, 32, 32)
 
 
 def test_text_columns_are_captions_and_never_mirrored(pets):
@@ -87,9 +87,9 @@ def test_augmentation_is_a_function_of_picture_and_pass(pets):
     data = load_pictures(pets, "train", 32)
     draws = [data.augmented(3, d).tobytes() for d in range(10)]
     assert draws == [data.augmented(3, d).tobytes() for d in range(10)] and len(set(draws)) == 10
-    plain = load_batch(data, [3], None, 32, CPU)
-    assert torch.equal(plain[0], torch.from_numpy(data.pixels(3)).float() / 127.5 - 1)
-    assert not torch.equal(plain, load_batch(data, [3], [0], 32, CPU))
+    plain = plain_pictures(data, [3], 32, CPU)
+    assert torch.equal(plain[0], torch.from_numpy(data.pixels(3).copy()).float() / 127.5 - 1)
+    assert not torch.equal(plain, scaled(load_pixels(data, [3], [0]), 32, CPU))
     assert plain.min() >= -1 and plain.max() <= 1
 
 

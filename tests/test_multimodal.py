@@ -13,7 +13,6 @@ import generate
 import train_multimodal
 import train_vqvae
 from common import UserError, load_config
-from data.images import sheet
 from data.stream import Stream
 from metrics import read_metrics
 from model import KVCache, Llama, ModelConfig

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common import UserError, check_not_negative, check_positive, resolve_device, run_script, write_text
 from data import shapes
-from data.images import ImageConfig, Pictures, article, load_batch, load_pictures, sheet, spread, to_uint8
+from data.images import ImageConfig, Pictures, article, load_pictures, plain_pictures, sheet, spread, to_uint8
 from generate import Loaded, draw, load_run
 from tools.classifier import RECIPES, diversity, frechet_distance, judge, kernel_distance, load_classifier, nearest
 from tools.shapes_checker import check
@@ -101,10 +101,6 @@ def thumbnails(pictures: Tensor) -> Tensor:
     return ((small.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 
-def real_pictures(data: Pictures, indices: list[int], loaded: Loaded) -> Tensor:
-    return load_batch(data, indices, None, loaded.vqvae.config.image_size, loaded.model.embed.weight.device)
-
-
 def in_parts(indices: list[int], size: int = 500) -> list[list[int]]:
     return [indices[i:i + size] for i in range(0, len(indices), size)]
 
@@ -113,10 +109,10 @@ def in_parts(indices: list[int], size: int = 500) -> list[list[int]]:
 def argmin_accuracy(loaded: Loaded, data: Pictures, indices: list[int], captions: list[str]) -> float:
     """Share of real pictures whose label has the caption under which the model finds the picture likeliest."""
     prompts, right = [loaded.stream.prompt(caption) for caption in captions], 0
+    size, device = loaded.vqvae.config.image_size, loaded.model.embed.weight.device
     for i in indices:
-        codes = loaded.vqvae.encode(real_pictures(data, [i], loaded)).flatten(1).cpu()
-        tokens, starts = (t.to(loaded.model.embed.weight.device)
-                          for t in loaded.stream.sequences(prompts, codes.expand(len(prompts), -1)))
+        codes = loaded.vqvae.encode(plain_pictures(data, [i], size, device)).flatten(1).cpu()
+        tokens, starts = (t.to(device) for t in loaded.stream.sequences(prompts, codes.expand(len(prompts), -1)))
         _, before, wanted = picture_hidden(loaded.model, loaded.stream, tokens, starts)
         logits = loaded.model.head(before, loaded.stream.code_rows)  # (classes, image_tokens, K)
         nats = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1)
@@ -127,13 +123,16 @@ def argmin_accuracy(loaded: Loaded, data: Pictures, indices: list[int], captions
 def score_labelled(cfg: Config, loaded: Loaded, data_config: ImageConfig) -> tuple[dict, list]:
     """Scores by the classifier, and for the sheet drawn pictures with the nearest real training ones."""
     size, device = loaded.vqvae.config.image_size, loaded.model.embed.weight.device
+
+    def real_pictures(data: Pictures, indices: list[int]) -> Tensor:
+        return plain_pictures(data, indices, size, device)
     train, test = (load_pictures(data_config, split, size, captions=True) for split in ("train", "val"))
     if train.classes is None or test.classes != train.classes:
         raise UserError(f"data source {data_config.source} has captions but no labels: there is nothing to judge by")
     if cfg.n < 2 or cfg.n_real <= len(test.classes):
         raise UserError(f"--n {cfg.n} and --n_real {cfg.n_real}: distances need 2 drawn and {len(test.classes) + 1} real pictures")
     everything = list(range(len(train)))
-    real = torch.cat([thumbnails(real_pictures(train, part, loaded)) for part in in_parts(everything)])
+    real = torch.cat([thumbnails(real_pictures(train, part)) for part in in_parts(everything)])
     name = cfg.classifier if cfg.classifier != "auto" else "gpu" if device.type == "cuda" else "cpu"
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
     classifier = load_classifier(Path(data_config.cache), real, torch.from_numpy(train.labels), len(train.classes),
@@ -148,7 +147,7 @@ def score_labelled(cfg: Config, loaded: Loaded, data_config: ImageConfig) -> tup
     labels = torch.from_numpy(test.labels[tested])
     shown, back = [], []
     for part in in_parts(tested):
-        pictures = real_pictures(test, part, loaded)
+        pictures = real_pictures(test, part)
         shown.append(thumbnails(pictures))
         back.append(thumbnails(reconstructed(loaded, pictures)))
     (real_class, real_features), (back_class, back_features) = judged(torch.cat(shown)), judged(torch.cat(back))
@@ -176,7 +175,7 @@ def score_labelled(cfg: Config, loaded: Loaded, data_config: ImageConfig) -> tup
         scores["argmin_accuracy"] = argmin_accuracy(loaded, test, spread(test, cfg.n_argmin), own)
         scores["n_argmin"] = min(cfg.n_argmin, len(test))
     closest = nearest(small[:BESIDE].flatten(1), real.flatten(1))[0].tolist()
-    beside = to_uint8(real_pictures(train, closest, loaded))
+    beside = to_uint8(real_pictures(train, closest))
     pairs = zip(captions, to_uint8(drawn[:BESIDE]), beside)
     return scores, [entry for caption, picture, near in pairs for entry in ((caption, picture), ("nearest real", near))]
 
