@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -48,6 +49,35 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 # -------------------------------------------------------------------------------------------------- configuration
+@dataclasses.dataclass
+class RunConfig:
+    """What every training script takes."""
+    run: str = "auto"
+    """Name of the run's folder under runs/."""
+    resume: bool = False
+    """Go on from the run's newest checkpoint."""
+    seed: int = 0
+    """Of the weights, the order of the data and the samples."""
+    eval_every: float = 0.25
+    """Share of the budget between evaluations; 0 evaluates at the end only."""
+    save_every: float = 0.1
+    """Share of the budget between checkpoints; 0 saves at the end only."""
+    log_every: int | Literal["auto"] = "auto"
+    """Steps between printed lines; auto: some 50 lines a run. metrics.jsonl has every step."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the computation, weights stay float32; auto: bfloat16 where the device has it."""
+    compile: bool | Literal["auto"] = "auto"
+    """Use torch.compile; auto: on a GPU."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Sequences or pictures a forward pass; less needs less memory, the batch stays the same. auto: chosen here."""
+    gpu_hourly_usd: float = 0.0
+    """Price of the machine, for cost_usd in summary.json."""
+    wandb: bool = False
+    """Log to Weights & Biases too."""
+
+
 # What may differ between a run and its resumption: it changes where and how often, not what is trained.
 MACHINE_KEYS = {"resume", "device", "dtype", "compile", "micro_batch", "save_every", "eval_every", "log_every",
                 "wandb", "gpu_hourly_usd"}
@@ -134,11 +164,6 @@ def check_shares(cfg, *names: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- device
-# Dense bf16 tensor-core peaks in FLOP/s, from the makers' data sheets.
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "L40S": 362e12, "L4": 121e12,
-             "RTX 3090": 71e12, "A10G": 70e12}
-
-
 def resolve_device(cfg) -> torch.device:
     """Replace `auto` in cfg.device, cfg.dtype and, if it has it, cfg.compile by what this machine has; the device."""
     if cfg.device == "auto":
@@ -162,14 +187,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """The device's peak in FLOP/s for this dtype, or None where it is not known: no MFU is better than a wrong one."""
-    if device.type != "cuda" or dtype != "bfloat16":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_BF16.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def memory_bytes(device: torch.device) -> int:

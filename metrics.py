@@ -1,14 +1,20 @@
 """What a run reports: metrics.jsonl and progress lines while it trains, loss.png and summary.json at its end."""
 
 import json
+import re
 import sys
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import Clock, device_name, git_state, peak_flops, peak_memory_gb, to_plain, write_text
+from common import Clock, device_name, git_state, peak_memory_gb, to_plain, write_text
+
+# Dense bf16 tensor-core peaks in FLOP/s, from the makers' data sheets.
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "L40S": 362e12, "L4": 121e12,
+             "RTX 3090": 71e12, "A10G": 70e12}
 
 
 class Metrics:
@@ -79,6 +85,14 @@ class Metrics:
         write_text(self.run / "summary.json", json.dumps(summary, indent=2))
         print("\n".join(f"{key}: {value}" for key, value in summary.items()))
         return summary
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """The device's peak in FLOP/s for this dtype, or None where it is not known: no MFU is better than a wrong one."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_BF16.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def read_metrics(run: Path) -> list[dict]:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from common import (Clock, Count, Interrupt, UserError, check_not_negative, check_positive, check_run, check_shares,
+from common import (Clock, Count, Interrupt, RunConfig, UserError, check_not_negative, check_positive, check_run, check_shares,
                     checkpoints, device_name, load_checkpoint, fitting_sequences, milestones, open_run, ramp, resolve_device,
                     run_script, save_checkpoint, stop, trapezoid)
 from data.text import DataConfig, Tokens, batches, eval_windows, prepare
@@ -27,20 +27,14 @@ from muon import build_optimizers
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """Settings of a run. `auto` is filled in and printed at the start."""
-    run: str = "auto"
-    """Name of the run's folder under runs/."""
-    resume: bool = False
-    """Go on from the run's newest checkpoint."""
     tokens: Count = Count("8M")
     """Budget: tokens to train on. The benchmarks are 8M, 20M, 100M and 1B."""
     batch_tokens: Count = Count(16_384)
     """Tokens a step."""
     allow_repeat: bool = False
     """Go through the data again when there is less than the budget, instead of stopping with an error."""
-    seed: int = 0
-    """Seed of the initial weights, the order of the data and the samples."""
     muon_lr: float | Literal["auto"] = "auto"
     """Peak learning rate of the blocks' matrices; auto: 0.024 up to 20M tokens, then falling with tokens^(-1/3)."""
     muon_wd: float | Literal["auto"] = "auto"
@@ -62,30 +56,12 @@ class Config:
     """Share of the budget over which Muon's momentum rises from 0.85 to 0.95; auto: 0.15, at most 300 steps."""
     grad_clip: float = 0.0
     """Largest norm of the gradient; 0 leaves it as it is."""
-    eval_every: float = 0.25
-    """Share of the budget between evaluations; 0 evaluates at the end only."""
     eval_tokens: Count = Count("1M")
     """Validation tokens scored by an evaluation, spread evenly over those prepared."""
-    save_every: float = 0.1
-    """Share of the budget between checkpoints; 0 saves at the end only."""
-    log_every: int | Literal["auto"] = "auto"
-    """Steps between printed lines; auto: some 50 lines a run. metrics.jsonl has every step."""
     sample_prompts: list[str] = field(default_factory=lambda: ["The reason why the sky is blue is", "Once upon a time"])
     """Prompts continued at every evaluation."""
     sample_tokens: int = 64
     """Length of those continuations."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the computation, weights stay float32; auto: bfloat16 where the device has it."""
-    compile: bool | Literal["auto"] = "auto"
-    """Use torch.compile; auto: on a GPU."""
-    micro_batch: int | Literal["auto"] = "auto"
-    """Sequences a forward pass; less needs less memory, the batch stays the same. auto: from the device's memory."""
-    gpu_hourly_usd: float = 0.0
-    """Price of the machine, for cost_usd in summary.json."""
-    wandb: bool = False
-    """Log to Weights & Biases too."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 

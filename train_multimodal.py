@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from common import (Clock, Count, Interrupt, UserError, check_not_negative, check_positive, check_run, check_shares,
+from common import (Clock, Count, Interrupt, RunConfig, UserError, check_not_negative, check_positive, check_run, check_shares,
                     checkpoints, device_name, find_run, fitting_sequences, load_checkpoint, milestones, open_run, ramp,
                     resolve_device, run_script, save_checkpoint, stop, trapezoid)
 from data.images import (CodeCache, ImageConfig, load_pictures, load_pixels, picks, scaled, sheet, spread,
@@ -45,12 +45,8 @@ class CaptionConfig(ImageConfig):
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """Settings of a run. `auto` is filled in and printed at the start."""
-    run: str = "auto"
-    """Name of the run's folder under runs/."""
-    resume: bool = False
-    """Go on from the run's newest checkpoint."""
     vqvae: str = ""
     """Run of train_vqvae.py that turns pictures into visual words; the new run keeps a copy of it."""
     init_from: str = ""
@@ -63,8 +59,6 @@ class Config:
     """Share of the sequences that are plain text, so that the model goes on writing."""
     text_source: str | dict[str, float] = field(default_factory=lambda: DataConfig().source)
     """Where that text comes from, as train_llm.py's --data.source."""
-    seed: int = 0
-    """Of the weights, the order of the data and the samples."""
     null_prob: float = 0.1
     """Share of captions put out of sight, for guidance."""
     text_weight: float = 0.1
@@ -89,28 +83,12 @@ class Config:
     """Share of the budget between evaluations; 0 evaluates at the end only."""
     eval_sequences: int = 500
     """Validation pictures of an evaluation, spread evenly over those there are."""
-    save_every: float = 0.1
-    """Share of the budget between checkpoints; 0 saves at the end only."""
-    log_every: int | Literal["auto"] = "auto"
-    """Steps between printed lines; auto: some 50 lines a run. metrics.jsonl has every step."""
     sample_prompts: list[str] = field(default_factory=list)
     """Prompts drawn at every evaluation, with the same seeds; empty: captions of validation pictures."""
     sample_n: int = 16
     """Pictures drawn then; 0: none."""
     guidance: float = 2.0
     """Guidance of those pictures."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the computation, weights stay float32; auto: bfloat16 where the device has it."""
-    compile: bool | Literal["auto"] = "auto"
-    """Use torch.compile; auto: on a GPU."""
-    micro_batch: int | Literal["auto"] = "auto"
-    """Sequences a forward pass; less needs less memory, the batch stays the same. auto: from the device's memory."""
-    gpu_hourly_usd: float = 0.0
-    """Price of the machine, for cost_usd in summary.json."""
-    wandb: bool = False
-    """Log to Weights & Biases too."""
     data: CaptionConfig = field(default_factory=CaptionConfig)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(
         vocab_size=50_178, d_model=512, n_layers=8, n_heads=8, n_kv_heads=4, d_ff=1024, seq_len=1060, cells=1024))

@@ -9,14 +9,13 @@ import json
 import math
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (Clock, Count, Interrupt, UserError, check_not_negative, check_positive, check_run, check_shares,
+from common import (Clock, Count, Interrupt, RunConfig, UserError, check_not_negative, check_positive, check_run, check_shares,
                     checkpoints, device_name, load_checkpoint, milestones, open_run, resolve_device, run_script,
                     save_checkpoint, stop, trapezoid)
 from data.images import (ImageConfig, load_pictures, load_pixels, picks, plain_pictures, scaled, sheet, spread,
@@ -25,25 +24,19 @@ from data.order import prefetch
 from metrics import Metrics, evaluated, read_metrics
 from vqvae import VARIANCE, VQVAE, Quantizer, VQVAEConfig
 
-START_PICTURES, START_VECTORS = 256, 65_536  # for the k-means start; from 16 pictures it begins 8 dB lower
+START_PICTURES, START_VECTORS = 256, 65_536  # for the k-means start: few pictures hold few of the colours
 PROBE_PICTURES = 1000
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """Settings of a run. `auto` is filled in and printed at the start."""
-    run: str = "auto"
-    """Name of the run's folder under runs/."""
-    resume: bool = False
-    """Go on from the run's newest checkpoint."""
     images: Count = Count("400k")
     """Budget: pictures seen, or crops of them."""
     batch_images: int = 64
     """Pictures a step."""
     crop: int = 0
     """Side of the random crops to train on, a multiple of model.downsample; 0 trains on whole pictures."""
-    seed: int = 0
-    """Of the weights, the order of the data and the crops."""
     lr: float = 1e-3
     """AdamW's peak learning rate."""
     weight_decay: float = 1e-4
@@ -58,28 +51,10 @@ class Config:
     """Largest norm of the gradient; 0 leaves it as it is."""
     revive_every: int = 20
     """Steps between looks for dead codes, until 0.8 of the budget; the codes rest from 0.95 of it."""
-    eval_every: float = 0.25
-    """Share of the budget between evaluations; 0 evaluates at the end only."""
     eval_images: int = 500
     """Validation pictures of an evaluation, spread evenly over those there are."""
     probe_steps: int = 500
     """Training steps of the probe that says, at the end, how hard codes are to predict; 0 leaves it out."""
-    save_every: float = 0.1
-    """Share of the budget between checkpoints; 0 saves at the end only."""
-    log_every: int | Literal["auto"] = "auto"
-    """Steps between printed lines; auto: some 50 lines a run. metrics.jsonl has every step."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the computation, weights and codes stay float32; auto: bfloat16 where the device has it."""
-    compile: bool | Literal["auto"] = "auto"
-    """Use torch.compile; auto: on a GPU."""
-    micro_batch: int | Literal["auto"] = "auto"
-    """Pictures a forward pass; less needs less memory, the batch stays the same. auto: the batch."""
-    gpu_hourly_usd: float = 0.0
-    """Price of the machine, for cost_usd in summary.json."""
-    wandb: bool = False
-    """Log to Weights & Biases too."""
     data: ImageConfig = field(default_factory=ImageConfig)
     model: VQVAEConfig = field(default_factory=VQVAEConfig)
 
