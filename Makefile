@@ -4,7 +4,6 @@ PYTHON ?= python3
 PY := .venv/bin/python
 # What is done already, a second call leaves alone; a changed requirements.txt is installed anew.
 STAMP := .venv/installed
-SAMPLING := --guidance 1.5 --temperature 0.8 --top_p 0.9
 
 setup: $(STAMP)
 
@@ -22,8 +21,8 @@ demo: setup
 demo-images: setup
 	$(PY) train_vqvae.py --config configs/vqvae_demo.yaml --run demo-vqvae $(if $(wildcard runs/demo-vqvae),--resume)
 	$(PY) train_multimodal.py --config configs/multimodal_demo.yaml --vqvae demo-vqvae --run demo-images $(if $(wildcard runs/demo-images),--resume)
-	$(PY) -m tools.score_images demo-images --n 32 $(SAMPLING)
-	$(PY) generate.py demo-images --prompt "a photo of a large red circle on a white background" --n 8 $(SAMPLING)
+	$(PY) -m tools.score_images demo-images --n 32
+	$(PY) generate.py demo-images --prompt "a photo of a large red circle on a white background" --n 8
 
 test: setup
 	$(PY) -m pytest -q tests

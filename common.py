@@ -352,7 +352,7 @@ def find_run(name: str) -> tuple[Path, Path, dict]:
     path = next((p for p in (Path(name), RUNS / name) if name and p.is_dir()), None)
     if path is None:
         known = ", ".join(sorted(p.name for p in RUNS.glob("*") if p.is_dir())) or "none"
-        raise UserError(f"there is no run {name!r}; the runs here are: {known}")
+        raise UserError(f"there is no run {name!r}; the runs here are: {known}" if name else "there is no run here yet")
     run = path if (path / "config.yaml").exists() else path.parent.parent
     folder = path if run != path else [None, *checkpoints(run), *checkpoints(run, "best")][-1]
     if folder is None or not (run / "config.yaml").exists():

@@ -45,15 +45,15 @@ class Config:
     max_tokens: int = 200
     """Longest continuation, in tokens; the model's seq_len ends it too."""
     temperature: float | Literal["auto"] = "auto"
-    """0 always takes the likeliest token, 1 samples from the model's own distribution; auto: 0.8 for text, 1 for
-    pictures."""
+    """0 always takes the likeliest token, 1 samples from the model's own distribution; auto: 0.8 for text, for pictures
+    as in the run's config.yaml."""
     top_k: int = 0
     """Sample from the k likeliest tokens; 0 from all."""
-    top_p: float = 1.0
-    """Sample from the likeliest tokens that together reach this probability."""
-    guidance: float = 2.0
+    top_p: float | Literal["auto"] = "auto"
+    """Sample from the likeliest tokens that together reach this probability; auto: 1 for text, as temperature for pictures."""
+    guidance: float | Literal["auto"] = "auto"
     """How far pictures follow the prompt: 1 as the model learned it, more goes away from pictures without a prompt, 0
-    does not look at it."""
+    does not look at it; auto: as in the run's config.yaml."""
     seed: int = 0
     """Continuation or picture i draws with seed + i, so it does not depend on n."""
     out: str | None = None
@@ -69,6 +69,7 @@ class Config:
 class Loaded:
     """A run's model with what belongs to it; vqvae and stream are None unless it draws."""
     run: Path
+    config: dict
     model: Llama
     tokenizer: object
     vqvae: VQVAE | None = None
@@ -85,7 +86,7 @@ def load_run(name: str, cfg) -> Loaded:
     device = resolve_device(cfg)
     model = Llama(ModelConfig(**config["model"]), compute_dtype=getattr(torch, cfg.dtype))
     load_checkpoint(folder, model)
-    loaded = Loaded(run, model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(run / "tokenizer"))
+    loaded = Loaded(run, config, model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(run / "tokenizer"))
     if "vqvae" in config:
         loaded.vqvae = load_vqvae(str(run / "vqvae"), device, model.compute_dtype)
         loaded.stream = Stream(loaded.tokenizer, loaded.vqvae.config, model.config)
@@ -192,6 +193,21 @@ def draw(model: Llama, vqvae: VQVAE, stream: Stream, captions: list[str], seeds:
     return torch.cat([vqvae.decode(part) for part in grids.split(batch)])
 
 
+def resolve_sampling(cfg, loaded: Loaded) -> None:
+    """Fill in how to draw by what the run's config says. Raises UserError."""
+    for name in ("guidance", "temperature", "top_p"):
+        if getattr(cfg, name) == "auto":
+            setattr(cfg, name, loaded.config[name])
+    check_sampling(cfg)
+    check_not_negative(cfg, "guidance")
+
+
+def check_sampling(cfg) -> None:
+    if cfg.temperature < 0 or cfg.top_k < 0 or not 0 < cfg.top_p <= 1:
+        raise UserError(f"temperature {cfg.temperature}, top_k {cfg.top_k}, top_p {cfg.top_p}: the first two must not be "
+                        "negative, top_p must lie in (0, 1]")
+
+
 def picture_path(cfg: Config, run: Path, prompt: str) -> Path:
     """Where the picture goes, a file that can be written. Raises UserError."""
     name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
@@ -244,23 +260,20 @@ def read_prompt(prompt: str | None) -> str:
 def main(cfg: Config) -> list[str] | Path:
     """Print and return continuations, or draw and return the file. Raises UserError."""
     check_positive(cfg, "n", "max_tokens")
-    check_not_negative(cfg, "top_k", "guidance")
-    if cfg.temperature != "auto" and cfg.temperature < 0 or not 0 < cfg.top_p <= 1:
-        raise UserError(f"temperature {cfg.temperature}, top_p {cfg.top_p}: the first must not be negative, top_p must "
-                        "lie in (0, 1]")
     prompt = read_prompt(cfg.prompt)
     loaded = load_run(cfg.run, cfg)
     draws = loaded.vqvae is not None
     if not draws and (cfg.kind == "image" or cfg.out):
         raise UserError(f"{loaded.run} is a language model and cannot draw: name a run of train_multimodal.py, or leave "
                         "--kind image and --out away")
-    image = draws and cfg.kind != "text"
-    if cfg.temperature == "auto":
-        cfg.temperature = 1.0 if image else 0.8
-    if image:
+    if draws and cfg.kind != "text":
+        resolve_sampling(cfg, loaded)
         path = draw_files(cfg, loaded, prompt)
         print(path)
         return path
+    cfg.temperature, cfg.top_p = (default if value == "auto" else value
+                                  for value, default in ((cfg.temperature, 0.8), (cfg.top_p, 1.0)))
+    check_sampling(cfg)
     out = sys.stdout if cfg.n == 1 else None
     texts = continuations(loaded.model, loaded.tokenizer, prompt, cfg.n, seed=cfg.seed, max_tokens=cfg.max_tokens,
                           temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, out=out)

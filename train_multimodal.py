@@ -88,7 +88,11 @@ class Config(RunConfig):
     sample_n: int = 16
     """Pictures drawn then; 0: none."""
     guidance: float = 2.0
-    """Guidance of those pictures."""
+    """How far pictures follow the prompt: in training, and where generate.py is not told otherwise."""
+    temperature: float = 1.0
+    """Temperature of pictures, likewise."""
+    top_p: float = 1.0
+    """Their likeliest visual words that together reach this probability, likewise."""
     data: CaptionConfig = field(default_factory=CaptionConfig)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(
         vocab_size=50_178, d_model=512, n_layers=8, n_heads=8, n_kv_heads=4, d_ff=1024, seq_len=1060, cells=1024))
@@ -97,8 +101,8 @@ class Config(RunConfig):
 def resolve_recipe(cfg: Config) -> tuple[int, int]:
     """Fill in what the budget decides; the number of steps and the rows of plain text in each. Raises UserError."""
     check_positive(cfg, "sequences", "batch_sequences", "muon_lr", "adamw_lr", "eval_sequences")
-    check_not_negative(cfg, "seed", "text_weight", "sample_n", "guidance")
-    check_shares(cfg, "text_mix", "null_prob", "adamw_beta2", "warmup_frac", "cooldown_frac", "lr_floor", "eval_every",
+    check_not_negative(cfg, "seed", "text_weight", "sample_n", "guidance", "temperature")
+    check_shares(cfg, "top_p", "text_mix", "null_prob", "adamw_beta2", "warmup_frac", "cooldown_frac", "lr_floor", "eval_every",
                  "save_every")
     steps, text_rows = cfg.sequences // cfg.batch_sequences, round(cfg.text_mix * cfg.batch_sequences)
     if steps < 1:
@@ -338,7 +342,7 @@ def main(cfg: Config) -> dict:
         metrics.line(f"val {step}/{steps} | visual words {image:.4f} nats, {image / math.log(2):.3f} bits | captions {caption:.4f}")
         if prompts:
             pictures = to_uint8(draw(model, vqvae, stream, prompts, [cfg.seed + i for i in range(len(prompts))],
-                                     guidance=cfg.guidance, cut=True))
+                                     guidance=cfg.guidance, temperature=cfg.temperature, top_p=cfg.top_p, cut=True))
             sheet(pictures, min(8, len(prompts)), titles=prompts).save(run / "samples" / f"{step:07d}.png")
 
     evals, saves = milestones(steps, cfg.eval_every), milestones(steps, cfg.save_every)

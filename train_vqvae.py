@@ -319,6 +319,7 @@ def main(cfg: Config) -> dict:
     last = next(row for row in reversed(read_metrics(run)) if "val_loss" in row)
     found = {key: last[key] for key in last if key not in ("step", "images")} | {"palette_psnr": state["palette_psnr"]}
     if cfg.probe_steps:
+        print("probing how hard the codes are to predict", flush=True)
         some = plain_pictures(train, spread(train, PROBE_PICTURES), size, torch.device("cpu"))
         codes = [torch.cat([model.encode(part.to(device)) for part in pictures.split(50)]) for pictures in (some, val_pictures)]
         found["probe_nats"] = probe_nats(*codes, shape.codebook_size, cfg.probe_steps)

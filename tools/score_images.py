@@ -14,13 +14,12 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from common import UserError, check_not_negative, check_positive, resolve_device, run_script, write_text
 from data import shapes
 from data.images import ImageConfig, Pictures, article, load_pictures, plain_pictures, sheet, spread, to_uint8
-from generate import Loaded, draw, load_run
+from generate import Loaded, draw, load_run, resolve_sampling
 from tools.classifier import RECIPES, diversity, frechet_distance, judge, kernel_distance, load_classifier, nearest
 from tools.shapes_checker import check
 from train_multimodal import picture_hidden
@@ -42,14 +41,14 @@ class Config:
     """Real test pictures to classify by the model's own loss; auto: 1000 on a GPU, else 20; 0: none."""
     classifier: Literal["auto", "gpu", "cpu"] = "auto"
     """Recipe of the classifier in tools/classifier.py; auto: by the device."""
-    guidance: float = 2.0
-    """How far pictures follow the prompt."""
-    temperature: float = 1.0
+    guidance: float | Literal["auto"] = "auto"
+    """How far pictures follow the prompt; this and the next two: auto is as in the run's config.yaml."""
+    temperature: float | Literal["auto"] = "auto"
     """1 samples from the model's own distribution."""
+    top_p: float | Literal["auto"] = "auto"
+    """Sample from the likeliest visual words that together reach this probability."""
     top_k: int = 0
     """Sample from the k likeliest visual words; 0 from all."""
-    top_p: float = 1.0
-    """Sample from the likeliest visual words that together reach this probability."""
     seed: int = 0
     """Picture i draws with seed + i."""
     batch: int | Literal["auto"] = "auto"
@@ -187,12 +186,12 @@ def main(cfg: Config) -> dict:
         if getattr(cfg, name) == "auto":
             setattr(cfg, name, large if gpu else small)
     check_positive(cfg, "n", "n_real", "batch")
-    check_not_negative(cfg, "n_argmin", "guidance", "temperature", "top_k")
+    check_not_negative(cfg, "n_argmin")
     loaded = load_run(cfg.run, cfg)
     if loaded.vqvae is None:
         raise UserError(f"{loaded.run} is a language model and draws nothing: name a run of train_multimodal.py")
-    config = yaml.safe_load((loaded.run / "config.yaml").read_text())["data"]
-    config.pop("tokenizer")
+    resolve_sampling(cfg, loaded)
+    config = {key: value for key, value in loaded.config["data"].items() if key != "tokenizer"}
     if config["source"] == "shapes":
         scores, shown = score_shapes(cfg, loaded)
     else:
