@@ -349,7 +349,7 @@ def find_run(name: str) -> tuple[Path, Path, dict]:
     if not name and (newest := max(RUNS.glob("*/checkpoints/[0-9]*"), key=os.path.getmtime, default=None)):
         name = str(newest.parents[1])
         print(f"newest run: {name}", file=sys.stderr)
-    path = next((p for p in (Path(name), RUNS / name) if name and p.is_dir()), None)
+    path = next((p for p in (RUNS / name, Path(name)) if name and p.is_dir()), None)
     if path is None:
         known = ", ".join(sorted(p.name for p in RUNS.glob("*") if p.is_dir())) or "none"
         raise UserError(f"there is no run {name!r}; the runs here are: {known}" if name else "there is no run here yet")

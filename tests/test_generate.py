@@ -20,6 +20,7 @@ def write(*args: str) -> list[str]:
 
 
 def test_text_from_name_folder_and_checkpoint_is_the_same(run, capsys):
+    Path(run).mkdir()  # a folder of data, say: the run of that name goes first
     texts = write(run, "--prompt", "a fox", "--max_tokens", "20")
     out = capsys.readouterr().out
     assert out == f"a fox{texts[0]}\n" and len(texts[0]) > 10  # streamed, and nothing else printed
