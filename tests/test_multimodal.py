@@ -194,6 +194,18 @@ def test_resuming_is_exact_and_codes_are_made_once(pets, monkeypatch):
     assert sum(encoded) > 24
 
 
+def test_captions_are_put_out_of_sight_and_the_best_weights_are_kept(pets):
+    for null_prob, seen in ((1, {False}), (0, {True}), (0.5, {True, False})):
+        run = f"n{null_prob}"
+        multimodal(run=run, null_prob=null_prob, batch_sequences=1, sequences=30, eval_every=0.1, adamw_lr=0.3, **pets)
+        rows = read_metrics(Path("runs") / run)
+        assert {row["text_loss"] > 0 for row in rows if "loss" in row} == seen
+    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    best = min(losses, key=losses.get)
+    assert generate.find_run(run)[1] == Path(f"runs/{run}/best/{best:07d}") and len(losses) == 10
+    assert json.loads(Path(f"runs/{run}/summary.json").read_text())["best_step"] == best
+
+
 def test_text_beside_pictures_and_from_a_language_model(pets):
     train(run="lm", tokens=1280, model__n_heads=2, model__n_kv_heads=1)
     text = dict(data__tokenizer="runs/lm/tokenizer", text_mix=0.25, text_source="corpus.jsonl")
