@@ -78,3 +78,11 @@ def test_nearest_is_brute_force_in_any_chunks():
     pairs = (queries[:, None].double() - pool.double()).norm(dim=2)  # (17, 50)
     for index, distance in (tc.nearest(queries, pool, chunk) for chunk in (1, 7, 100)):
         assert torch.equal(index, pairs.argmin(1)) and torch.allclose(distance, pairs.amin(1)) and (distance[15:] == 0).all()
+
+
+def test_frechet_distance_of_correlated_features():
+    a, b = (torch.randn(400, 5, generator=torch.Generator().manual_seed(s), dtype=torch.float64) @ torch.randn(
+        5, 5, generator=torch.Generator().manual_seed(s + 9), dtype=torch.float64) for s in (1, 2))
+    A, B, apart = a.T.cov(), b.T.cov(), a.mean(0) - b.mean(0)
+    cross = torch.linalg.eigvals(A @ B).real.sqrt().sum()  # the trace of (A^.5 B A^.5)^.5
+    assert tc.frechet_distance(a, b) == pytest.approx((apart @ apart + A.trace() + B.trace() - 2 * cross).item())
