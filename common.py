@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -186,7 +187,9 @@ def resolve_device(cfg) -> torch.device:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    info = Path("/proc/cpuinfo")
+    model = [*re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else ""), platform.machine()][0]
+    return f"{device.type} ({model}, {torch.get_num_threads()} threads)"
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -285,7 +288,7 @@ def open_run(cfg, run: Path) -> None:
         plain = {key: value for key, value in to_plain(cfg).items() if key != "resume"}
         write_text(run / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
     env = {**git_state(), "torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count(),
-           "device": device_name(torch.device(cfg.device)), "command": sys.argv}
+           "device": device_name(torch.device(cfg.device)), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
     write_text(run / "env.json", json.dumps(env, indent=2))
 
 
@@ -298,14 +301,15 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 
 def git_state() -> dict:
-    """Commit of the code that runs and whether its files differ from it; commit None outside a git checkout."""
-    def git(*args):
-        here = Path(__file__).parent
-        return subprocess.check_output(["git", *args], cwd=here, text=True, stderr=subprocess.DEVNULL).strip()
+    """sha256 of the code that trains, its commit, whether Python files differ from it; the last two None outside git."""
+    here = Path(__file__).parent
+    code = hashlib.sha256(b"".join(p.read_bytes() for p in sorted([*here.glob("*.py"), *here.glob("data/*.py")]))).hexdigest()
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        commit, changes = (subprocess.check_output(["git", *command.split()], cwd=here, text=True, stderr=subprocess.DEVNULL)
+                           for command in ("rev-parse HEAD", "status --porcelain -- *.py"))
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
+        return {"commit": None, "dirty": None, "code_sha256": code}
+    return {"commit": commit.strip(), "dirty": bool(changes), "code_sha256": code}
 
 
 def write_text(path: Path, text: str) -> None:

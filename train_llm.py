@@ -6,6 +6,8 @@
     python train_llm.py --config configs/llm_small.yaml --data.source 'books/*.txt' --data.val_fraction 0.2
 """
 
+import hashlib
+import inspect
 import json
 import math
 import time
@@ -18,7 +20,7 @@ import torch
 from common import (Clock, Count, Interrupt, RunConfig, UserError, check_not_negative, check_positive, check_run, check_shares,
                     checkpoints, device_name, load_checkpoint, fitting_sequences, milestones, open_run, ramp, resolve_device,
                     run_script, save_checkpoint, stop, trapezoid)
-from data.text import DataConfig, Tokens, batches, eval_windows, prepare
+from data.text import DataConfig, Tokens, batches, digest, eval_windows, prepare
 from data.tokenizer import load_tokenizer
 from generate import write_samples
 from metrics import Metrics, evaluated, read_metrics
@@ -136,6 +138,11 @@ def evaluate(model, windows: torch.Tensor, micro_batch: int, device: torch.devic
     return total / len(windows)
 
 
+def evaluation_sha256() -> str:
+    """Of the code that scores: losses compare only where it is the same."""
+    return hashlib.sha256(inspect.getsource(evaluate).encode()).hexdigest()
+
+
 def main(cfg: Config) -> dict:
     """Train as cfg says and return the summary. Raises UserError."""
     # ---- set-up
@@ -153,11 +160,11 @@ def main(cfg: Config) -> dict:
     if len(tokenizer) > cfg.model.vocab_size:
         raise UserError(f"tokenizer {cfg.data.tokenizer} has {len(tokenizer)} entries, --model.vocab_size is "
                         f"{cfg.model.vocab_size}: set it to {len(tokenizer)} or more")
-    needed = steps * cfg.batch_tokens + 1  # the last input has a target too
     val = Tokens(prepare(cfg.data, "val", cfg.data.val_tokens, tokenizer))
     val_windows = eval_windows(val, seq_len, cfg.eval_tokens // seq_len)
-    train = Tokens(prepare(cfg.data, "train", needed, tokenizer), limit=needed)
-    n_windows = (len(train) - 1) // seq_len
+    # the last input has a target too; the whole budget whatever the batch, so that its sha256 is that of the data alone
+    train = Tokens(prepare(cfg.data, "train", cfg.tokens + 1, tokenizer), limit=cfg.tokens + 1)
+    n_windows = min((len(train) - 1) // seq_len, steps * batch)
     passes = steps * batch / max(1, n_windows)
     if n_windows < 1 or passes > 1 and not cfg.allow_repeat:
         raise UserError(f"--tokens {cfg.tokens}: the data source holds only {len(train)} tokens; lower the budget to "
@@ -263,7 +270,9 @@ def main(cfg: Config) -> dict:
     # ---- summary
     last = next(row for row in reversed(read_metrics(run)) if "val_loss" in row)
     return metrics.finish(model, steps * cfg.batch_tokens, val_loss=last["val_loss"], val_bpb=last["val_bpb"],
-                          val_tokens=val_windows[:, 1:].numel(), train_sha256=train.sha256, val_sha256=val.sha256)
+                          val_tokens=val_windows[:, 1:].numel(), val_sha256=hashlib.sha256(val_windows.numpy()).hexdigest(),
+                          train_sha256=train.sha256, tokenizer_sha256=digest(tokenizer.backend_tokenizer.to_str()),
+                          evaluation_sha256=evaluation_sha256())
 
 
 if __name__ == "__main__":
