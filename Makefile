@@ -1,4 +1,4 @@
-.PHONY: setup demo demo-images test
+.PHONY: setup demo demo-images test check
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -26,3 +26,6 @@ demo-images: setup
 
 test: setup
 	$(PY) -m pytest -q tests
+
+check: setup
+	$(PY) -m tools.record check

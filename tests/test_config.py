@@ -2,6 +2,7 @@ import dataclasses
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import train_multimodal
 import train_vqvae
 from common import Count, UserError, check_run, load_config, milestones, open_run, ramp, run_script, to_plain, trapezoid
 from model import Llama
-from tools import bench, score_images
+from tools import bench, record, score_images
 from vqvae import VQVAE
 
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
@@ -152,11 +153,13 @@ def test_recipe_follows_the_budget():
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "train_llm.py",
                                   ROOT / "generate.py", ROOT / "README_Multimodal.md", ROOT / "train_vqvae.py",
-                                  ROOT / "train_multimodal.py", ROOT / "tools/bench.py", ROOT / "tools/score_images.py"], ids=lambda path: path.name)
+                                  ROOT / "train_multimodal.py", ROOT / "tools/bench.py",
+                                  ROOT / "tools/score_images.py", ROOT / "tools/record.py"], ids=lambda path: path.name)
 def test_commands_in_the_docs_are_understood(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     scripts = {"train_llm.py": train_llm, "train_vqvae.py": train_vqvae, "train_multimodal.py": train_multimodal,
-               "generate.py": generate, "-m tools.bench": bench, "-m tools.score_images": score_images}
+               "generate.py": generate, "-m tools.bench": bench, "-m tools.score_images": score_images,
+               "-m tools.record trials": SimpleNamespace(Config=record.TrialsConfig)}
     commands = re.findall(rf"python ({'|'.join(map(re.escape, scripts))})((?:[^\n`#|\\]|\\\n)*)", page.read_text())
     assert commands or page.parent.name == "docs"
     for name, rest in commands:
