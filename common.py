@@ -125,9 +125,9 @@ def one_line(message: str, parser: ArgumentParser) -> str:
 
 
 def run_script(config_class, main) -> None:
-    """Run main on the command line's configuration; a UserError is one line and exit code 2."""
+    """Run main on the command line's configuration, or without a class on its words; a UserError is one line, exit code 2."""
     try:
-        main(load_config(config_class))
+        main(load_config(config_class) if config_class else sys.argv[1:])
     except UserError as error:
         stop(str(error), 2)
     except torch.OutOfMemoryError as error:
@@ -192,12 +192,6 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({model}, {torch.get_num_threads()} threads)"
 
 
-def memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def peak_memory_gb(device: torch.device) -> float:
     """The most memory this process held so far: on the GPU if it is on one, else its resident set; in 10^9 bytes."""
     if device.type == "cuda":
@@ -213,7 +207,8 @@ def fitting_sequences(cfg, device: torch.device) -> float:
     if device.type == "cpu":
         return 1024 / m.seq_len  # more outgrows the caches, docs/LOG.md
     floats = m.seq_len * m.n_layers * (20 * m.d_model + 4 * m.d_ff)  # kept for the backward pass, measured at 88M
-    return 0.6 * memory_bytes(device) / (floats * torch.finfo(getattr(torch, cfg.dtype)).bits / 8)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return 0.6 * memory / (floats * torch.finfo(getattr(torch, cfg.dtype)).bits / 8)
 
 
 class Clock:

@@ -15,12 +15,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from datetime import date
 
 import train_llm
-from common import RUNS, UserError, git_state, load_config, stop, write_text
+from common import RUNS, UserError, git_state, load_config, run_script, stop, write_text
 from tools import leaderboard
 from tools.leaderboard import DOCS, Record, all_records, check_first, copy_trials, derive, publish, readme
 from tools.trials import (changed_settings, check_pair, check_side, comparison_table, lines_of_code, load_trials, statistics_of,
@@ -151,9 +150,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        stop(str(error), 2)
-    except KeyboardInterrupt:
-        stop("interrupted", 130)
+    run_script(None, main)
