@@ -202,10 +202,10 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def fitting_sequences(cfg, device: torch.device) -> float:
-    """How many sequences of cfg.model a forward and backward pass has room for; on a CPU, how many are fast."""
+    """How many sequences of cfg.model a forward and backward pass has room for; elsewhere, how many are fast."""
     m = cfg.model
-    if device.type == "cpu":
-        return 1024 / m.seq_len  # more outgrows the caches, docs/LOG.md
+    if device.type != "cuda":
+        return 1024 / m.seq_len  # more outgrows a CPU's caches, docs/LOG.md
     floats = m.seq_len * m.n_layers * (20 * m.d_model + 4 * m.d_ff)  # kept for the backward pass, measured at 88M
     memory = torch.cuda.get_device_properties(device).total_memory
     return 0.6 * memory / (floats * torch.finfo(getattr(torch, cfg.dtype)).bits / 8)
