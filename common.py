@@ -99,8 +99,11 @@ def load_config(config_class, argv: list[str] | None = None):
             action.nargs, action.const = "?", True
         if action.dest == "run" and not action.option_strings:  # find_run takes the newest
             action.nargs, action.required, action.default = "?", False, ""
+    argv, files = list(sys.argv[1:] if argv is None else argv), []
+    while at := [i for i, word in enumerate(argv) if word.split("=")[0] == "--config"]:  # wherever they stand, flags win
+        files += [argv.pop(at[0]) for _ in range(1 if "=" in argv[at[0]] else 2) if at[0] < len(argv)]
     try:
-        values = parser.parse_args(argv)
+        values = parser.parse_args(argv := files + argv)
         if values.get("resume"):
             saved = RUNS / str(values.run) / "config.yaml"
             parser.default_config_files = [str(saved)] if saved.exists() else []

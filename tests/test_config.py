@@ -34,7 +34,10 @@ def test_what_is_no_count(written):
 
 def test_flags_go_before_the_file_and_the_file_before_defaults(workdir):
     Path("c.yaml").write_text("tokens: 20M\nadamw_wd: 3e-4\nmodel:\n  n_layers: 3\n  d_ff: 64\n")
-    cfg = load_config(train_llm.Config, ["--config", "c.yaml", "--model.d_ff", "96", "--muon_lr", "1e-2"])
+    Path("later.yaml").write_text("muon_lr: 0.5\nadamw_wd: 3e-4\n")
+    for files in (["--config", "c.yaml"], ["--config=c.yaml"]):
+        cfg = load_config(train_llm.Config, [*files, "--model.d_ff", "96", "--muon_lr", "1e-2", "--config", "later.yaml"])
+        assert cfg == load_config(train_llm.Config, ["--model.d_ff=96", *files, "--config=later.yaml", "--muon_lr", "1e-2"])
     assert (cfg.tokens, cfg.adamw_wd, cfg.muon_lr, cfg.model.n_layers, cfg.model.d_ff) == (20_000_000, 3e-4, 0.01, 3, 96)
     assert cfg.model.n_heads == train_llm.Config().model.n_heads
 
