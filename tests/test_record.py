@@ -232,7 +232,7 @@ def test_trials_must_be_whole_and_of_one_kind(project):
     refused("runs/new-seed2 is damaged")
     restore()
     edit("runs/new-seed2/summary.json", dirty=True)
-    refused("in no commit")
+    refused("^runs/new-seed2 ran code that is in no commit")
     restore()
     with pytest.raises(UserError, match="runs/base-seed0 is on both sides"):
         record.main(["compare", "runs/base-*", "--", "runs/base-*"])

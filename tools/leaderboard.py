@@ -15,8 +15,8 @@ from pathlib import Path
 
 import train_llm
 from common import UserError, write_text
-from tools.trials import (BUDGETS, Trial, changed_settings, check_pair, check_side, column, comparison_table, compare, lines_of_code,
-                          load_trials, minutes, spread, statistics_of)
+from tools.trials import (BUDGETS, P_WORSE, Trial, changed_settings, check_pair, check_side, column, comparison_table, compare,
+                          lines_of_code, load_trials, minutes, spread, statistics_of)
 
 DOCS = Path("docs")
 MAX_ROWS = 500  # training steps of a trial that a record keeps: a trial of 1B tokens has 61,035
@@ -71,7 +71,7 @@ def derive(folder: Path, new: list[Trial], base: list[Trial]) -> dict:
     if (code := first.summary["evaluation_sha256"]) not in accepted_evaluations():
         raise UserError(f"{first.path} was scored by other code ({code[:12]}) than docs/records/evaluations.json lists: "
                         "the evaluation is fixed")
-    program, *words = first.env["command"]
+    program, *words = new[-1].env["command"]  # the last one's: it may have been extended by more seeds
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ("record.json", "README.md"))
     return {"tokens": first.config["tokens"], "machine": first.machine,
             "command": f"python {'-m tools.record' if program == 'record.py' else program} {shlex.join(words)}",
@@ -126,9 +126,9 @@ def check_first(record: Record, records: list[Record]) -> None:
     if not record.baseline:
         raise UserError(f"{record.folder} has no baseline, but its table has a record: measure --baseline on your machine")
     best = min(rivals, key=lambda r: r.said["statistics"]["new"]["val_loss"]["mean"])
-    sides = [column(side, key) for key in ("val_loss", "train_seconds") for side in (best.trials, record.trials)]
-    if "loss is higher" in (reason := compare(*sides)["reason"]):
-        raise UserError(f"{record.folder} is behind the record {best.said['name']}: {reason}")
+    found = compare(*(column(side, key) for key in ("val_loss", "train_seconds") for side in (best.trials, record.trials)))
+    if found["p_lower"] > 1 - P_WORSE:
+        raise UserError(f"{record.folder} is behind the record {best.said['name']}: {found['reason']}")
 
 
 # --------------------------------------------------------------------------------------------------------------- pages
@@ -155,27 +155,30 @@ def leaderboard(records: list[Record]) -> str:
     """The page of all records: one table a budget, in it one for each data set."""
     text = ("# Leaderboard\n\nMeasured improvements, oldest first: the last row of a table is the one to beat. How to add one: "
             "[CONTRIBUTING.md](CONTRIBUTING.md).\nLosses are nats per token on held-out text: mean ± sample standard deviation over "
-            "n seeds. Times are training alone and compare\non one machine only. Made by `python -m tools.record submit` from "
-            "[records/](records/); edits here do not last.\n")
+            "n seeds. Times are training alone and compare\non one machine only. Each text has a table of its own. Made by "
+            "`python -m tools.record submit` from [records/](records/);\nedits here do not last.\n")
     budgets = [*BUDGETS.values(), *sorted({r.tokens for r in records} - set(BUDGETS.values()))]
     for tokens in budgets:
         mine = [r for r in records if r.tokens == tokens]
         name = label(tokens).replace("_", ",").replace("-", " ")
-        text += f"\n## {f'small: 1M tokens, no GPU' if name == 'small' else name if 'tokens' in name else f'{name} tokens'}\n"
+        text += f"\n## {'small: 1M tokens, no GPU' if name == 'small' else name if 'tokens' in name else f'{name} tokens'}\n"
         text += f"\n![validation loss against tokens](images/{picture(tokens).name})\n" if mine else "\nNo record yet.\n"
         for data in dict.fromkeys(r.data for r in mine):
             rows = [r for r in mine if r.data == data]
             first = rows[0].trials[0]
-            text += (f"\nText `{data[0][:12]}`, validation `{data[1][:12]}` ({first.summary['val_tokens']:,} tokens), tokenizer "
-                     f"`{first.summary['tokenizer_sha256'][:12]}`:\n\n"
-                     "| # | date | val loss | val bpb | train loss | time | tokens/s | tokens | parameters | GPU | who | what changed | |\n"
-                     "| " + "--- | " * 13 + "\n")
+            source = ", ".join(str(value) if key == "data.source" else key.removeprefix("data.source.")
+                               for key, value in first.config.items() if key.startswith("data.source"))
+            text += (f"\nText {source} `{data[0][:12]}`, validation `{data[1][:12]}` ({first.summary['val_tokens']:,} tokens), "
+                     f"tokenizer `{first.summary['tokenizer_sha256'][:12]}`:\n\n"
+                     "| # | date | val loss | val bpb | train loss | time | tokens/s | tokens | parameters | GPU | who | "
+                     "what changed | link |\n" + "| --- " * 13 + "|\n")
             for number, r in enumerate(rows, start=1):
-                new = r.said["statistics"]["new"]
+                new, one = r.said["statistics"]["new"], r.trials[0].summary
                 cells = [number, r.said["date"], f"{new['val_loss']['mean']:.4f} ± {new['val_loss']['sd']:.4f} ({new['n']})",
                          f"{new['val_bpb']['mean']:.4f}", f"{new['train_loss']['mean']:.4f}", minutes(new["train_seconds"]["mean"]),
-                         f"{new['tokens_per_second']['mean']:,.0f}", f"{first.summary['tokens']:,}", f"{new['params']:,}",
-                         r.trials[0].summary["device"], r.said["who"], r.said["note"], f"[record](records/{r.folder.name}/)"]
+                         f"{new['tokens_per_second']['mean']:,.0f}", f"{one['tokens']:,}", f"{new['params']:,}",
+                         one["device"], r.said["who"], r.said["note"],
+                         f"[record](records/{r.folder.name}/)"]
                 text += "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |\n"
     return text + "\n" + (DOCS / "records" / "quoted.md").read_text()
 

@@ -48,7 +48,7 @@ def trials(argv: list[str]) -> None:
     names = [f"{cfg.run}-seed{seed}" for seed in range(cfg.seeds)]
     for name in names:
         env = RUNS / name / "env.json"
-        if env.exists() and json.loads(env.read_text())["code_sha256"] != code["code_sha256"]:
+        if env.exists() and json.loads(env.read_text()).get("code_sha256") != code["code_sha256"]:
             raise UserError(f"{RUNS / name} was made by other code than this: choose another --run, or delete that one")
     for seed, name in enumerate(names):
         print(f"trial {seed + 1} of {cfg.seeds}", flush=True)
@@ -117,7 +117,7 @@ def submit(argv: list[str]) -> None:
         patch = patch_between(base[0].summary["commit"], new[0].summary["commit"]) if base and new[0].summary["commit"] else ""
         (draft / "diff.patch").write_text(patch)
         said = {"name": cfg.name, "date": today, "who": who, "note": cfg.note}
-        said |= derive(draft, load_trials([draft / "trials" / "*"]), load_trials([draft / "baseline" / "*"]) if base else [])
+        said |= derive(draft, new, base)
         record = Record(folder, said, new, base)
         check_first(record, records)
         if base and not said["statistics"]["improvement"]:

@@ -76,7 +76,7 @@ def load_trial(folder: Path) -> Trial:
             raise UserError(f"{folder} has {key} {summary[key]}: a trial that failed counts, so the recipe fails with it")
     rows = read_metrics(folder)
     last = next((row for row in reversed(rows) if "val_loss" in row), {})
-    if (last.get("step"), last.get("val_loss"), last.get("val_bpb")) != tuple(summary[k] for k in ("steps", "val_loss", "val_bpb")):
+    if [last.get(key) for key in ("step", "val_loss", "val_bpb")] != [summary[key] for key in ("steps", "val_loss", "val_bpb")]:
         raise UserError(f"{folder}: summary.json does not say what the last evaluation in metrics.jsonl says")
     return Trial(folder, config, summary, env, rows, planned)
 
@@ -221,8 +221,8 @@ def comparison_table(found: dict) -> str:
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
     if "base" in found:
         low, high = found["ci95"]
-        text += (f"\nDifference in validation loss: {found['difference']:+.4f} (95% confidence interval {low:+.4f} to {high:+.4f}, "
-                 f"Welch's t-test, one-sided p = {found['p_lower']:.2g}). Time: {found['time_ratio']:.3f} of the baseline's "
-                 f"(p = {found['p_faster']:.2g}).\n\n{'Improvement' if found['improvement'] else 'No improvement'}: "
-                 f"{found['reason']}.\n")
+        verdict = "Improvement" if found["improvement"] else "No improvement"
+        text += (f"\nDifference in validation loss: {found['difference']:+.4f} (95% confidence interval {low:+.4f} to "
+                 f"{high:+.4f}; Welch's t-test, one-sided p = {found['p_lower']:.2g}). Time: {found['time_ratio']:.3f} of "
+                 f"the baseline's (p = {found['p_faster']:.2g}).\n\n{verdict}: {found['reason']}.\n")
     return text
