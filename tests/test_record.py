@@ -50,6 +50,7 @@ def project(tmp_path, monkeypatch):
     """A git checkout with a commit of the baseline, and a second one with a line of code more; runs of both."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs/records").mkdir(parents=True)
+    (tmp_path / "docs/images").mkdir()
     for name in ("evaluations.json", "quoted.md"):
         shutil.copy(ROOT / "docs/records" / name, tmp_path / "docs/records" / name)
     Path("model.py").write_text("x = 1\n")
@@ -105,7 +106,7 @@ def test_the_verdict_puts_loss_before_speed():
                                          (same, time, False, "neither is the loss lower"), (higher, fast, False, "higher by 0.05"),
                                          (same, slow, False, "1.10 of the time")]:
         found = trials.compare(base, losses, time, seconds)
-        assert found["improvement"] is good and words in found["reason"]
+        assert found["improvement"] is good and words in trials.verdict(found)[1]
     low, high = trials.compare(base, lower, time, time)["ci95"]
     assert low < -0.05 < high < 0
     # by hand: equal variances of 5e-6 and n = 5, so df = 8, t = -0.05 / sqrt(2 * 5e-6 / 5), quantile 2.306

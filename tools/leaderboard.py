@@ -1,7 +1,7 @@
 """Records on disk: what follows from their trials, the pages and pictures they make, and whether all of it agrees.
 
-docs/records/DATE-NAME/ holds record.json, diff.patch, README.md and the files of each trial in trials/seedN/, of each trial of
-the baseline in baseline/seedN/. Only name, date, who and note are anyone's word: the rest follows from the trials.
+docs/records/DATE-NAME/ holds record.json, diff.patch, README.md, and each trial in trials/seedN/, of the baseline in
+baseline/seedN/. Only name, date, who and note are anyone's word: the rest follows from the trials.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 import train_llm
 from common import UserError, write_text
 from tools.trials import (BUDGETS, P_WORSE, Trial, changed_settings, check_pair, check_side, column, comparison_table, compare,
-                          lines_of_code, load_trials, minutes, spread, statistics_of)
+                          lines_of_code, load_trials, minutes, spread, statistics_of, verdict)
 
 DOCS = Path("docs")
 MAX_ROWS = 500  # training steps of a trial that a record keeps: a trial of 1B tokens has 61,035
@@ -100,7 +100,7 @@ def load_record(folder: Path) -> Record:
     if where := differing(said, words | derive(folder, new, base)):
         raise UserError(f"{folder}/record.json: {where} is not what the trials give")
     if base and not said["statistics"]["improvement"]:
-        raise UserError(f"{folder} is no record: {said['statistics']['reason']}")
+        raise UserError(f"{folder} is no record: {verdict(said['statistics'])[1]}")
     return Record(folder, said, new, base)
 
 
@@ -120,15 +120,14 @@ def all_records() -> list[Record]:
 
 def check_first(record: Record, records: list[Record]) -> None:
     """Raises UserError unless a record has a baseline or is the first of its table, and is no worse than the others there."""
-    rivals = [r for r in records if r.tokens == record.tokens and r.data == record.data]
-    if not rivals:
+    if not (rivals := [r for r in records if r.tokens == record.tokens and r.data == record.data]):
         return
     if not record.baseline:
         raise UserError(f"{record.folder} has no baseline, but its table has a record: measure --baseline on your machine")
     best = min(rivals, key=lambda r: r.said["statistics"]["new"]["val_loss"]["mean"])
     found = compare(*(column(side, key) for key in ("val_loss", "train_seconds") for side in (best.trials, record.trials)))
     if found["p_lower"] > 1 - P_WORSE:
-        raise UserError(f"{record.folder} is behind the record {best.said['name']}: {found['reason']}")
+        raise UserError(f"{record.folder} is behind the record {best.said['name']}: {verdict(found)[1]}")
 
 
 # --------------------------------------------------------------------------------------------------------------- pages
@@ -154,8 +153,8 @@ def picture(tokens: int) -> Path:
 def leaderboard(records: list[Record]) -> str:
     """The page of all records: one table a budget, in it one for each data set."""
     text = ("# Leaderboard\n\nMeasured improvements, oldest first: the last row of a table is the one to beat. How to add one: "
-            "[CONTRIBUTING.md](CONTRIBUTING.md).\nLosses are nats per token on held-out text: mean ± sample standard deviation over "
-            "n seeds. Times are training alone and compare\non one machine only. Each text has a table of its own. Made by "
+            "[CONTRIBUTING.md](CONTRIBUTING.md).\nLosses are nats per token on held-out text: mean ± sample standard deviation "
+            "over n seeds. Times are training alone and compare\non one machine only. Each text has a table of its own. Made by "
             "`python -m tools.record submit` from [records/](records/);\nedits here do not last.\n")
     budgets = [*BUDGETS.values(), *sorted({r.tokens for r in records} - set(BUDGETS.values()))]
     for tokens in budgets:
@@ -174,11 +173,11 @@ def leaderboard(records: list[Record]) -> str:
                      "what changed | link |\n" + "| --- " * 13 + "|\n")
             for number, r in enumerate(rows, start=1):
                 new, one = r.said["statistics"]["new"], r.trials[0].summary
-                cells = [number, r.said["date"], f"{new['val_loss']['mean']:.4f} ± {new['val_loss']['sd']:.4f} ({new['n']})",
-                         f"{new['val_bpb']['mean']:.4f}", f"{new['train_loss']['mean']:.4f}", minutes(new["train_seconds"]["mean"]),
-                         f"{new['tokens_per_second']['mean']:,.0f}", f"{one['tokens']:,}", f"{new['params']:,}",
-                         one["device"], r.said["who"], r.said["note"],
-                         f"[record](records/{r.folder.name}/)"]
+                mean = {key: figure["mean"] for key, figure in new.items() if isinstance(figure, dict)}
+                cells = [number, r.said["date"], f"{mean['val_loss']:.4f} ± {new['val_loss']['sd']:.4f} ({new['n']})",
+                         f"{mean['val_bpb']:.4f}", f"{mean['train_loss']:.4f}", minutes(mean["train_seconds"]),
+                         f"{mean['tokens_per_second']:,.0f}", f"{one['tokens']:,}", f"{new['params']:,}",
+                         one["device"], r.said["who"], r.said["note"], f"[record](records/{r.folder.name}/)"]
                 text += "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |\n"
     return text + "\n" + (DOCS / "records" / "quoted.md").read_text()
 
@@ -204,7 +203,6 @@ def draw(path: Path, lines: dict[str, tuple[list, list, list]]) -> None:
     ax.set(xlabel="tokens", ylabel="validation loss (nats per token)")
     ax.grid(alpha=0.3)
     ax.legend()
-    path.parent.mkdir(exist_ok=True)
     fig.savefig(path, metadata={"Description": digest_of(lines)})
 
 
@@ -213,7 +211,9 @@ def digest_of(value) -> str:
 
 
 def publish(records: list[Record]) -> None:
-    """Write LEADERBOARD.md and its pictures."""
+    """Write LEADERBOARD.md, its pictures and the records' pages."""
+    for record in records:
+        write_text(record.folder / "README.md", readme(record.said))
     for tokens in sorted({r.tokens for r in records}):
         draw(picture(tokens), curves([r for r in records if r.tokens == tokens]))
     write_text(DOCS / "LEADERBOARD.md", leaderboard(records))
@@ -222,13 +222,13 @@ def publish(records: list[Record]) -> None:
 def check() -> list[str]:
     """What is wrong with the records, the page and the pictures: a line each."""
     from PIL import Image
-    problems, records = [], []
+    problems = []
     if train_llm.evaluation_sha256() not in accepted_evaluations():
         problems.append("train_llm.py: evaluate() is not one that docs/records/evaluations.json lists: the evaluation is fixed")
     for folder in sorted((DOCS / "records").glob("[!.]*")):
         if folder.is_dir():
             try:
-                records.append(record := load_record(folder))
+                record = load_record(folder)
                 if (folder / "README.md").read_text() != readme(record.said):
                     problems.append(f"{folder}/README.md is not what its record makes")
             except (UserError, OSError) as error:

@@ -23,7 +23,7 @@ from common import RUNS, UserError, git_state, load_config, run_script, stop, wr
 from tools import leaderboard
 from tools.leaderboard import DOCS, Record, all_records, check_first, copy_trials, derive, publish, readme
 from tools.trials import (changed_settings, check_pair, check_side, comparison_table, lines_of_code, load_trials, statistics_of,
-                          trials_table)
+                          trials_table, verdict)
 
 
 @dataclass
@@ -121,9 +121,8 @@ def submit(argv: list[str]) -> None:
         record = Record(folder, said, new, base)
         check_first(record, records)
         if base and not said["statistics"]["improvement"]:
-            raise UserError(f"no improvement: {said['statistics']['reason']}; docs/LOG.md is the place for it")
+            raise UserError(f"no improvement: {verdict(said['statistics'])[1]}; docs/LOG.md is the place for it")
         (draft / "record.json").write_text(json.dumps(said, indent=1) + "\n")
-        (draft / "README.md").write_text(readme(said))
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -178,20 +178,22 @@ def compare(base_loss: list[float], new_loss: list[float], base_seconds: list[fl
     low, high = loss.confidence_interval(0.95)
     p_lower = ttest_ind(new_loss, base_loss, equal_var=False, alternative="less").pvalue
     p_faster = ttest_ind(new_seconds, base_seconds, equal_var=False, alternative="less").pvalue
-    difference = statistics.mean(new_loss) - statistics.mean(base_loss)
-    ratio = statistics.mean(new_seconds) / statistics.mean(base_seconds)
-    better, worse, faster = p_lower < P_LOSS, 1 - p_lower < P_WORSE, p_faster < P_TIME
-    if better:
-        reason = f"the loss is lower by {-difference:.4f} (p = {p_lower:.2g}), in {ratio:.2f} of the time"
-    elif worse:
-        reason = f"the loss is higher by {difference:.4f} (p = {1 - p_lower:.2g}), and loss goes before speed"
-    elif faster:
-        reason = f"the loss is equal within noise and training takes {ratio:.2f} of the time (p = {p_faster:.2g})"
-    else:
-        reason = (f"neither is the loss lower ({difference:+.4f}, p = {p_lower:.2g}; needed: below {P_LOSS}) nor training "
-                  f"faster ({ratio:.2f} of the time, p = {p_faster:.2g}; needed: below {P_TIME})")
-    return {"difference": difference, "ci95": [low, high], "p_lower": p_lower, "time_ratio": ratio, "p_faster": p_faster,
-            "improvement": bool(better or faster and not worse), "reason": reason}
+    found = {"difference": statistics.mean(new_loss) - statistics.mean(base_loss), "ci95": [low, high], "p_lower": p_lower,
+             "time_ratio": statistics.mean(new_seconds) / statistics.mean(base_seconds), "p_faster": p_faster}
+    return found | {"improvement": verdict(found)[0]}
+
+
+def verdict(found: dict) -> tuple[bool, str]:
+    """Whether a comparison is an improvement, and why: a lower loss, or an equal one in less time."""
+    change, p, ratio, p_time = (found[key] for key in ("difference", "p_lower", "time_ratio", "p_faster"))
+    if p < P_LOSS:
+        return True, f"the loss is lower by {-change:.4f} (p = {p:.3g}), in {ratio:.2f} of the time"
+    if 1 - p < P_WORSE:
+        return False, f"the loss is higher by {change:.4f} (p = {1 - p:.3g}), and loss goes before speed"
+    if p_time < P_TIME:
+        return True, f"the loss is equal within noise and training takes {ratio:.2f} of the time (p = {p_time:.3g})"
+    return False, (f"neither is the loss lower ({change:+.4f}, p = {p:.3g}; needed: below {P_LOSS}) nor training faster "
+                   f"({ratio:.2f} of the time, p = {p_time:.3g}; needed: below {P_TIME})")
 
 
 def statistics_of(base: list[Trial], new: list[Trial]) -> dict:
@@ -221,8 +223,8 @@ def comparison_table(found: dict) -> str:
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
     if "base" in found:
         low, high = found["ci95"]
-        verdict = "Improvement" if found["improvement"] else "No improvement"
+        good, reason = verdict(found)
         text += (f"\nDifference in validation loss: {found['difference']:+.4f} (95% confidence interval {low:+.4f} to "
-                 f"{high:+.4f}; Welch's t-test, one-sided p = {found['p_lower']:.2g}). Time: {found['time_ratio']:.3f} of "
-                 f"the baseline's (p = {found['p_faster']:.2g}).\n\n{verdict}: {found['reason']}.\n")
+                 f"{high:+.4f}; Welch's t-test, one-sided p = {found['p_lower']:.3g}). Time: {found['time_ratio']:.3f} of "
+                 f"the baseline's (p = {found['p_faster']:.3g}).\n\n{'Improvement' if good else 'No improvement'}: {reason}.\n")
     return text
