@@ -375,6 +375,10 @@ def test_check_catches_a_record_without_gain(project):
     finally:
         trials.compare = real
     assert "statistics.improvement is not what the trials give" in problems()
+    (folder,) = Path("docs/records").glob("*-lucky")
+    sides = [trials.load_trials([folder / side / "*"]) for side in ("trials", "baseline")]
+    edit(folder / "record.json", **leaderboard.derive(folder, *sides))
+    assert "is no record: neither is the loss lower" in problems()
 
 
 def test_the_records_of_this_project_hold(monkeypatch, capsys):
