@@ -121,11 +121,12 @@ def test_trials_train_each_seed_once_and_go_on(workdir, capsys, monkeypatch):
     def stopped(cfg):
         made.append(cfg.run)
         if cfg.seed == 1 and len(made) == 2:
-            raise KeyboardInterrupt
+            raise SystemExit(130)
         return real(cfg)
     monkeypatch.setattr(train_llm, "main", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         record.main([*argv, "3"])
+    assert end.value.code == 130 and "trial 2 of 3 stopped: the same `trials` command goes on" in capsys.readouterr().err
     before = Path("runs/a-seed0/summary.json").stat().st_mtime_ns
     record.main([*argv, "3"])
     assert Path("runs/a-seed0/summary.json").stat().st_mtime_ns == before
@@ -157,7 +158,7 @@ def test_data_hashes_do_not_depend_on_the_recipe_and_do_on_the_data(workdir):
 @pytest.mark.parametrize("argv, message", [
     (["trials"], "trials need a name"), (["trials", "--run", "a", "--seed", "3"], "leave --seed and --resume away"),
     (["trials", "--run", "a", "--seeds", "0"], "--seeds is 0"), (["trials", "--run", "a", "--sedes", "3"], "did you mean seeds"),
-    (["compare"], "both sides of `--`"), (["compare", "a", "b"], "both sides of `--`"), (["rank"], "'rank' is no command"),
+    (["check", "all"], "check takes nothing more, not 'all'"), (["compare"], "both sides of `--`"), (["compare", "a", "b"], "both sides of `--`"), (["rank"], "'rank' is no command"),
     (["compare", "none*", "--", "runs/new-*"], "no run folder matches none*")])
 def test_bad_commands_are_one_line(project, argv, message):
     with pytest.raises(UserError) as error:

@@ -43,17 +43,20 @@ def trials(argv: list[str]) -> None:
     if cfg.seeds < 1:
         raise UserError(f"--seeds is {cfg.seeds}: it must be positive")
     base, code = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(train_llm.Config)}, git_state()
-    if code["dirty"] or not code["commit"]:
-        print("the code is not committed: fine to compare, but `submit` will need trials of a commit", flush=True)
     names = [f"{cfg.run}-seed{seed}" for seed in range(cfg.seeds)]
     for name in names:
         env = RUNS / name / "env.json"
         if env.exists() and json.loads(env.read_text()).get("code_sha256") != code["code_sha256"]:
             raise UserError(f"{RUNS / name} was made by other code than this: choose another --run, or delete that one")
+    if code["dirty"] or not code["commit"]:
+        print("the code is not committed: fine to compare, but `submit` will need trials of a commit", flush=True)
     for seed, name in enumerate(names):
         print(f"trial {seed + 1} of {cfg.seeds}", flush=True)
-        train_llm.main(train_llm.Config(**copy.deepcopy(base) | {"run": name, "seed": seed,
-                                                                 "resume": (RUNS / name).exists()}))
+        try:
+            train_llm.main(train_llm.Config(**copy.deepcopy(base) | {"run": name, "seed": seed,
+                                                                     "resume": (RUNS / name).exists()}))
+        except SystemExit as end:
+            stop(f"trial {seed + 1} of {cfg.seeds} stopped: the same `trials` command goes on", end.code)
         gc.collect()  # the trial's model, before the next one is made
         for done in names[:seed + 1]:
             write_text(RUNS / done / "trials.json", json.dumps({"seeds": cfg.seeds}))  # so that none can be left out later
@@ -90,7 +93,7 @@ def patch_between(before: str, after: str) -> str:
 
 def submit(argv: list[str]) -> None:
     """Write docs/records/DATE-NAME and the pages that follow from it, or nothing. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="record.py submit", allow_abbrev=False, description=submit.__doc__)
+    parser = argparse.ArgumentParser(prog="record.py submit", allow_abbrev=False, description="Write docs/records/DATE-NAME and the leaderboard, or nothing.")
     parser.error = lambda message: stop(f"submit: {message}", 2)
     parser.add_argument("name", help="of the record: letters, digits, '.', '-'")
     parser.add_argument("--baseline", nargs="+", default=[], help="run folders or patterns; only a table's first record has none")
@@ -140,11 +143,13 @@ def check(argv: list[str]) -> None:
 def main(argv: list[str]) -> None:
     commands = {"trials": trials, "compare": compare, "submit": submit, "check": check,
                 "publish": lambda argv: publish(all_records())}
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help") or argv[0] in ("compare", "check", "publish") and {"-h", "--help"} & {*argv}:
         print(__doc__)
         return
     if argv[0] not in commands:
         raise UserError(f"{argv[0]!r} is no command: use {', '.join(commands)}")
+    if argv[0] in ("check", "publish") and argv[1:]:
+        raise UserError(f"{argv[0]} takes nothing more, not {argv[1]!r}")
     commands[argv[0]](argv[1:])
 
 
