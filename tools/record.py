@@ -93,7 +93,8 @@ def patch_between(before: str, after: str) -> str:
 
 def submit(argv: list[str]) -> None:
     """Write docs/records/DATE-NAME and the pages that follow from it, or nothing. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="record.py submit", allow_abbrev=False, description="Write docs/records/DATE-NAME and the leaderboard, or nothing.")
+    parser = argparse.ArgumentParser(prog="record.py submit", allow_abbrev=False,
+                                     description="Write docs/records/DATE-NAME and the leaderboard, or nothing.")
     parser.error = lambda message: stop(f"submit: {message}", 2)
     parser.add_argument("name", help="of the record: letters, digits, '.', '-'")
     parser.add_argument("--baseline", nargs="+", default=[], help="run folders or patterns; only a table's first record has none")
