@@ -86,7 +86,7 @@ def load_run(name: str, cfg) -> Loaded:
     device = resolve_device(cfg)
     model = Llama(ModelConfig(**config["model"]), compute_dtype=getattr(torch, cfg.dtype))
     load_checkpoint(folder, model)
-    loaded = Loaded(run, config, model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(run / "tokenizer"))
+    loaded = Loaded(run, config, model.fold().to(device).eval(), transformers.AutoTokenizer.from_pretrained(run / "tokenizer"))
     if "vqvae" in config:
         loaded.vqvae = load_vqvae(str(run / "vqvae"), device, model.compute_dtype)
         loaded.stream = Stream(loaded.tokenizer, loaded.vqvae.config, model.config)

@@ -9,13 +9,14 @@ Shapes: B batch, T positions, V vocabulary, C d_model, H heads, G key/value head
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK_LOGITS = 2**25  # the loss has this many logits at a time, 128 MB in fp32: large for a GPU, good on a CPU, docs/LOG.md
+SPELLING = 10  # affixes a token has at most
 
 
 @dataclass
@@ -37,6 +38,10 @@ class ModelConfig:
     """Positions a sequence has at most."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    affixes: int = 0
+    """Vectors for parts of spelling (beginnings, ends, letter case) that tokens share; 0: each token has its own alone."""
+    value_shortcut: bool = False
+    """Values of every layer read the embedding of their token too."""
     cells: int = 0
     """Cells of a picture's grid: a learned vector for each is added where its visual word is predicted; 0 for text."""
 
@@ -49,8 +54,9 @@ class ModelConfig:
                              f"choose a multiple of {2 * self.n_heads}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"model.n_heads {self.n_heads} is not divisible by model.n_kv_heads {self.n_kv_heads}")
-        if self.cells < 0:
-            raise ValueError(f"model.cells is {self.cells}: it must not be negative")
+        for name in ("cells", "affixes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: it must not be negative")
         if self.vocab_size > 65_536:
             raise ValueError(f"model.vocab_size {self.vocab_size} does not fit the uint16 token files: at most 65536")
 
@@ -129,14 +135,16 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.d_model, kv_dim)
         self.v_proj = Linear(config.d_model, kv_dim)
         self.o_proj = Linear(config.d_model, config.d_model)
+        self.v_embed_proj = Linear(config.d_model, kv_dim) if config.value_shortcut else None
         self.q_norm = RMSNorm(config.d_head)
         self.k_norm = RMSNorm(config.d_head)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.d_head)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.d_head)  # (B, T, G, D)
-        v = self.v_proj(x).view(B, T, -1, self.d_head)  # (B, T, G, D)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.v_embed_proj is not None:  # value embeddings as projections: deep layers do not lose which token it was
+            v = v + self.v_embed_proj(embedded)
+        q, k, v = (y.view(B, T, -1, self.d_head) for y in (q, k, v))  # (B, T, H or G, D)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
         mask, causal = None, True
@@ -168,8 +176,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.d_model)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
+    def forward(self, x: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), embedded, cos, sin, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -218,6 +226,9 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model)
         self.cells = nn.Embedding(config.cells, config.d_model) if config.cells else None
+        self.affixes = nn.Embedding(config.affixes, config.d_model) if config.affixes else None
+        if config.affixes:  # which of them each token has, -1 for none: data.tokenizer.spelling
+            self.register_buffer("spelling", torch.full((config.vocab_size, SPELLING), -1, dtype=torch.int32))
         cos, sin = rotary_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -227,10 +238,26 @@ class Llama(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 nn.init.ones_(p)
+            elif name == "affixes.weight":
+                nn.init.zeros_(p)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02, generator=generator)
             else:
                 raise ValueError(f"no initialization for parameter {name} of shape {tuple(p.shape)}")
+
+    def table(self) -> Tensor:
+        """The embedding of every token (V, C), input and output: its own vector plus those of its affixes (arXiv 1607.04606)."""
+        if self.affixes is None:
+            return self.embed.weight
+        padded = F.pad(self.affixes.weight, (0, 0, 1, 0))  # row 0 stands for none
+        return self.embed.weight + F.embedding_bag(self.spelling + 1, padded, mode="sum", padding_idx=0)
+
+    @torch.no_grad()
+    def fold(self) -> "Llama":
+        """Add the affixes to the embedding for good: the same function as a plain table, for when training is over."""
+        self.embed.weight.copy_(self.table())
+        self.config, self.affixes, self.spelling = replace(self.config, affixes=0), None, None
+        return self
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None, layout: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """What the head reads, (B, T, C), for tokens (B, T).
@@ -242,7 +269,7 @@ class Llama(nn.Module):
         past = cache.length if cache is not None else 0
         T = tokens.shape[1]
         assert past + T <= self.config.seq_len, f"{past} + {T} positions, seq_len is {self.config.seq_len}"
-        x = self.embed(tokens)  # (B, T, C)
+        x = F.embedding(tokens, self.table())  # (B, T, C)
         if layout is None:
             cos, sin = self.cos[past:past + T], self.sin[past:past + T]
         else:
@@ -251,19 +278,20 @@ class Llama(nn.Module):
             x = x + self.cells(cells.clamp(min=0)) * (cells >= 0)[..., None]
         # scaled, because what suits the tied head as weights is small beside what the blocks add (arXiv 1706.03762)
         x = x.to(self.compute_dtype) * math.sqrt(self.config.d_model)
+        embedded = F.rms_norm(x, x.shape[-1:], eps=1e-6)
         for block in self.blocks:
-            x = block(x, cos, sin, cache)
+            x = block(x, embedded, cos, sin, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)
 
     def head(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """Logits (..., V) in fp32 of hidden x (..., C), over the given rows of the vocabulary alone."""
-        return F.linear(x, self.embed.weight[rows].to(x.dtype)).float()
+        return F.linear(x, self.table()[rows].to(x.dtype)).float()
 
     def loss(self, x: Tensor, targets: Tensor, rows: slice = slice(None)) -> Tensor:
         """Mean loss in nats per token of hidden x (B, T, C), over the given rows; targets (B, T) count from the first."""
-        return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.embed.weight[rows], targets.flatten())
+        return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.table()[rows], targets.flatten())
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) in fp32 for tokens (B, T), or with targets (B, T) the mean loss in nats per token."""
@@ -276,7 +304,7 @@ class Llama(nn.Module):
 
     def flops_per_token(self) -> int:
         """Forward and backward FLOPs a training token: 6 a matrix weight, plus causal attention over seq_len."""
-        matrices = sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        matrices = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and name != "affixes.weight")
         return 6 * matrices + 6 * self.config.n_layers * self.config.d_model * self.config.seq_len
 
     @torch.no_grad()

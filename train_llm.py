@@ -21,7 +21,7 @@ from common import (Clock, Count, Interrupt, RunConfig, UserError, check_not_neg
                     checkpoints, device_name, load_checkpoint, fitting_sequences, milestones, open_run, ramp, resolve_device,
                     run_script, save_checkpoint, stop, trapezoid)
 from data.text import DataConfig, Tokens, batches, digest, eval_windows, prepare
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, spelling
 from generate import write_samples
 from metrics import Metrics, evaluated, read_metrics
 from model import Llama, ModelConfig
@@ -33,26 +33,27 @@ class Config(RunConfig):
     """Settings of a run. `auto` is filled in and printed at the start."""
     tokens: Count = Count("8M")
     """Budget: tokens to train on. The benchmarks are 8M, 20M, 100M and 1B."""
-    batch_tokens: Count = Count(16_384)
-    """Tokens a step."""
+    batch_tokens: Count | Literal["auto"] = "auto"
+    """Tokens a step; auto: about a thousandth of the budget, in a power of two of sequences, at most some 16,384."""
     allow_repeat: bool = False
     """Go through the data again when there is less than the budget, instead of stopping with an error."""
     muon_lr: float | Literal["auto"] = "auto"
-    """Peak learning rate of the blocks' matrices; auto: 0.024 up to 20M tokens, then falling with tokens^(-1/3)."""
+    """Peak learning rate of the blocks' matrices; auto: 0.015 up to 20M tokens, then falling with tokens^(-1/6)."""
     muon_wd: float | Literal["auto"] = "auto"
     """Weight decay of the same; auto: 4 / (muon_lr * steps), so that at the peak rate a run decays by e^-4, but at most
     0.02 / muon_lr."""
     adamw_lr: float | Literal["auto"] = "auto"
-    """Peak learning rate of embeddings and norms; auto: muon_lr / 4."""
+    """Peak learning rate of embeddings and norms, 0.3 of it of affixes; auto: 0.006 up to 20M tokens, then falling with
+    tokens^(-1/3)."""
     adamw_wd: float = 0.0
     """Weight decay of embeddings and norms."""
     adamw_beta2: float | Literal["auto"] = "auto"
     """Decay of AdamW's second moment; auto: a half-life of an eighth of the budget, at most 5M tokens."""
     warmup_frac: float = 0.0
     """Share of the budget over which the learning rate rises."""
-    cooldown_frac: float = 0.6
+    cooldown_frac: float = 0.8
     """Share of the budget over which it falls at the end."""
-    lr_floor: float = 0.05
+    lr_floor: float = 0.02
     """What it falls to, as a share of the peak."""
     momentum_warmup_frac: float | Literal["auto"] = "auto"
     """Share of the budget over which Muon's momentum rises from 0.85 to 0.95; auto: 0.15, at most 300 steps."""
@@ -65,12 +66,17 @@ class Config(RunConfig):
     sample_tokens: int = 64
     """Length of those continuations."""
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(
+        n_layers=21, affixes=1024, value_shortcut=True))
 
 
 def resolve_recipe(cfg: Config) -> int:
     """Fill in what the budget decides and return the number of steps. Raises UserError."""
-    check_positive(cfg, "tokens", "batch_tokens", "eval_tokens")
+    check_positive(cfg, "tokens", "eval_tokens")
+    if cfg.batch_tokens == "auto":
+        sequences = min(16_384, cfg.tokens / 1000) / cfg.model.seq_len
+        cfg.batch_tokens = cfg.model.seq_len * 2 ** max(0, round(math.log2(sequences)))
+    check_positive(cfg, "batch_tokens")
     if cfg.batch_tokens % cfg.model.seq_len:
         raise UserError(f"--batch_tokens {cfg.batch_tokens} is not divisible by --model.seq_len {cfg.model.seq_len}: "
                         f"set it to {(cfg.batch_tokens // cfg.model.seq_len + 1) * cfg.model.seq_len}")
@@ -78,11 +84,11 @@ def resolve_recipe(cfg: Config) -> int:
     if steps < 1:
         raise UserError(f"--tokens {cfg.tokens} is less than one step of --batch_tokens {cfg.batch_tokens}")
     if cfg.muon_lr == "auto":
-        cfg.muon_lr = 0.024 * min(1.0, 20e6 / cfg.tokens) ** (1 / 3)
+        cfg.muon_lr = 0.015 * min(1.0, 20e6 / cfg.tokens) ** (1 / 6)
     if cfg.muon_wd == "auto":
         cfg.muon_wd = min(4 / steps, 0.02) / cfg.muon_lr
     if cfg.adamw_lr == "auto":
-        cfg.adamw_lr = cfg.muon_lr / 4
+        cfg.adamw_lr = 0.006 * min(1.0, 20e6 / cfg.tokens) ** (1 / 3)
     if cfg.adamw_beta2 == "auto":
         cfg.adamw_beta2 = 0.5 ** (cfg.batch_tokens / min(5e6, cfg.tokens / 8))
     if cfg.momentum_warmup_frac == "auto":
@@ -175,6 +181,8 @@ def main(cfg: Config) -> dict:
     # ---- model
     model = Llama(cfg.model, compute_dtype=getattr(torch, cfg.dtype))
     model.init_weights(torch.Generator().manual_seed(cfg.seed))
+    if cfg.model.affixes:
+        model.spelling[:len(tokenizer)] = spelling(tokenizer, cfg.model.affixes)
     model.to(device)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
 

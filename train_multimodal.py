@@ -175,7 +175,7 @@ def start_from(model: Llama, name: str, tokenizer) -> None:
         raise UserError(f"--init_from {name} has another tokenizer: set --data.tokenizer {run / 'tokenizer'}")
     source = Llama(shape)
     load_checkpoint(folder, source)
-    weights = source.state_dict()
+    weights = source.fold().state_dict()
     words = min(len(tokenizer), shape.vocab_size)
     weights["cells.weight"] = model.cells.weight.detach()
     weights["embed.weight"] = torch.cat([weights["embed.weight"][:words], model.embed.weight.detach()[words:]])

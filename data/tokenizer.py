@@ -1,15 +1,18 @@
 """Tokenizers: from the hub, from a local folder, or a byte-level BPE trained on the data source."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub
 import tokenizers
+import torch
 import transformers
 
 from common import UserError
 from data.text import DataConfig, digest, documents, end_of_text, held_out, in_validation, reason, request, revisions
+from model import SPELLING
 
 BPE_CHARACTERS = 50_000_000  # text a BPE is trained on; more changes little and takes minutes
 
@@ -72,3 +75,24 @@ def train_bpe(name: str, texts: Iterator[str]):
         vocab_size=int(size), special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+
+
+def affixes(token: str) -> set[str]:
+    """What the spelling of a vocabulary entry shares with others: beginnings, ends, the word without its case, its case."""
+    word = token.lstrip("\u0120\u2581")  # how byte-level BPE and SentencePiece write the space before a word
+    low = word.lower()
+    case = (word != token, word[:1].isupper(), word[1:].isupper(), word.isalpha(), word.isdigit())
+    ends = {part for k in range(1, 5) if k <= len(low) for part in (f"^{low[:k]}", f"{low[-k:]}$")}
+    return {*ends, f"={low}", f"case {case}"}
+
+
+def spelling(tokenizer, n: int) -> torch.Tensor:
+    """For each entry of the vocabulary which of the n commonest affixes it has, (V, SPELLING) of 0 to n - 1, -1 for none."""
+    entries = [affixes(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+    counts = Counter(affix for entry in entries for affix in entry)
+    number = {affix: i for i, affix in enumerate(sorted(counts, key=lambda affix: (-counts[affix], affix))[:n])}
+    found = torch.full((len(entries), SPELLING), -1, dtype=torch.int32)
+    for row, entry in zip(found, entries):
+        known = sorted(number[affix] for affix in entry if affix in number)
+        row[:len(known)] = torch.tensor(known, dtype=torch.int32)
+    return found

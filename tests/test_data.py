@@ -11,7 +11,8 @@ from conftest import sentences
 from common import UserError
 from data import text
 from data.text import DataConfig, Tokens, batch_indices, batches, documents, eval_windows, in_validation, prepare
-from data.tokenizer import load_tokenizer
+from data.tokenizer import affixes, load_tokenizer, spelling
+from model import SPELLING
 
 EVERYTHING = 10**9
 
@@ -175,6 +176,25 @@ def test_tokenizer_trained_on_the_source_loses_nothing_and_is_trained_once(cfg, 
     assert tokenizer.decode(tokenizer(awkward)["input_ids"]) == awkward and len(tokenizer) == 300
     monkeypatch.setattr("data.tokenizer.train_bpe", None)
     assert load_tokenizer(cfg)("a fox")["input_ids"] == tokenizer("a fox")["input_ids"]
+
+
+def test_affixes_are_what_spellings_share():
+    walking = {"^w", "^wa", "^wal", "^walk", "g$", "ng$", "ing$", "king$", "=walking", "case (True, False, False, True, False)"}
+    assert affixes("\u0120walking") == affixes("\u2581walking") == walking  # a space before it, in two tokenizers' writing
+    assert affixes("walking") ^ walking == {"case (True, False, False, True, False)", "case (False, False, False, True, False)"}
+    assert affixes("\u0120Walking") & walking == walking - {"case (True, False, False, True, False)"}
+    assert affixes("\u0120") == {"=", "case (True, False, False, False, False)"} and "case (False, False, False, False, True)" in affixes("7")
+
+
+def test_spelling_numbers_the_commonest_affixes(cfg):
+    tokenizer = load_tokenizer(cfg)
+    entries = [affixes(token) for token in tokenizer.convert_ids_to_tokens(range(300))]
+    every, few = spelling(tokenizer, 10**6), spelling(tokenizer, 20)
+    assert every.shape == few.shape == (300, SPELLING) and few.max() == 19
+    assert [(row >= 0).sum().item() for row in every] == [len(entry) for entry in entries]
+    sharers = (few == 0).any(1)  # number 0 is the commonest: one set of entries, and no affix has more
+    assert any(sharers.tolist() == [affix in entry for entry in entries] for affix in set.union(*entries))
+    assert sharers.sum() == max(sum(affix in entry for entry in entries) for affix in set.union(*entries))
 
 
 def test_tokenizer_of_the_hub_is_asked_for_once(cfg, monkeypatch):

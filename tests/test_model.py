@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_llm
 from model import ChunkedCrossEntropy, KVCache, Llama, ModelConfig, sample
+from muon import build_optimizers
 from tools.bench import apertus
 
 CONFIG = ModelConfig(vocab_size=101, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, seq_len=24)
+EXTRAS = replace(CONFIG, affixes=40, value_shortcut=True)
 
 
 def make(config=CONFIG, seed=0, std=0.2, **kwargs) -> Llama:
@@ -22,6 +26,8 @@ def make(config=CONFIG, seed=0, std=0.2, **kwargs) -> Llama:
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * std + (p.ndim == 1))
+        if config.affixes:
+            model.spelling.random_(-1, config.affixes, generator=torch.Generator().manual_seed(1))
     return model
 
 
@@ -50,11 +56,59 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(monkeypatch):
         torch.testing.assert_close(ChunkedCrossEntropy.apply(h, w, targets), plain)
 
 
+def test_affixes_add_to_the_vectors_of_the_tokens_that_have_them():
+    model = make(replace(CONFIG, affixes=40))
+    by_hand = torch.stack([own + sum(model.affixes.weight[i] for i in row if i >= 0)
+                           for own, row in zip(model.embed.weight, model.spelling)])
+    torch.testing.assert_close(model.table(), by_hand)
+    plain = make()
+    plain.load_state_dict({**{k: v for k, v in model.state_dict().items() if k in plain.state_dict()}, "embed.weight": by_hand})
+    torch.testing.assert_close(model(tokens(2, 24)), plain(tokens(2, 24)))  # as input and as output
+
+
+def test_a_token_never_seen_moves_with_those_that_share_its_affixes():
+    model = Llama(EXTRAS)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.spelling[[7, 8, 90], 0] = 3
+    before = model.table().detach().clone()
+    x = tokens(8, 24).clamp(max=80)
+    for optimizer in build_optimizers(model, muon_lr=0.02, muon_wd=0, adamw_lr=0.01, adamw_wd=0, adamw_beta2=0.99):
+        model(x, x.roll(1)).backward()
+        optimizer.step()
+    moved = model.table() - before
+    shared = model.affixes.weight[3]
+    assert shared.abs().min() > 0 and torch.equal(model.affixes.weight[4], torch.zeros(32))
+    own = model.embed.weight - before
+    torch.testing.assert_close(moved[90] - own[90], shared)
+    torch.testing.assert_close(moved[91], own[91])
+
+
+def test_values_read_the_embedding_of_their_token_in_every_layer():
+    model, x, seen = make(EXTRAS), tokens(2, 24), []
+    for block in model.blocks:
+        block.attn.v_embed_proj.register_forward_hook(lambda module, inputs, output: seen.append((module, output)))
+    logits, embedded = model(x), F.rms_norm(model.table()[x], (32,))
+    assert [module for module, _ in seen] == [block.attn.v_embed_proj for block in model.blocks]
+    for module, output in seen:
+        torch.testing.assert_close(output, embedded @ module.weight.T)
+    torch.nn.init.zeros_(model.blocks[-1].attn.v_embed_proj.weight)
+    assert not torch.allclose(model(x), logits)
+
+
+def test_a_folded_model_is_the_same_function_without_affixes():
+    model, x = make(EXTRAS), tokens(2, 24)
+    before = model(x)
+    folded, plain = model.fold(), Llama(replace(EXTRAS, affixes=0))
+    assert folded.n_params() == plain.n_params() and folded.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(folded(x), before)
+
+
+@pytest.mark.parametrize("config", [CONFIG, EXTRAS], ids=["plain", "extras"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_model_compiles_as_one_graph(dtype, monkeypatch):
+def test_model_compiles_as_one_graph(dtype, config, monkeypatch):
     """Traced and differentiated as torch.compile does it, without the code generation that needs a C++ compiler."""
     monkeypatch.setattr("model.CHUNK_LOGITS", 7 * 101)
-    model, x = make(compute_dtype=dtype), tokens(2, 24)
+    model, x = make(config, compute_dtype=dtype), tokens(2, 24)
     compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
     params = list(model.parameters())
     plain, traced = model(x, x.roll(1)), compiled(x, x.roll(1))
@@ -98,8 +152,9 @@ def test_every_weight_is_initialized():
         model.init_weights()
 
 
-def test_no_position_sees_a_later_one():
-    model = make()
+@pytest.mark.parametrize("config", [CONFIG, EXTRAS], ids=["plain", "extras"])
+def test_no_position_sees_a_later_one(config):
+    model = make(config)
     x = tokens(1, 24)
     y = x.clone()
     y[0, 10] += 1
@@ -107,9 +162,10 @@ def test_no_position_sees_a_later_one():
     assert torch.equal(a[:, :10], b[:, :10]) and not torch.allclose(a[:, 10:], b[:, 10:])
 
 
+@pytest.mark.parametrize("config", [CONFIG, EXTRAS], ids=["plain", "extras"])
 @pytest.mark.parametrize("length", [1, 23, 24])
-def test_cached_decoding_equals_the_full_forward(length):
-    model, x = make(), tokens(3, 24)
+def test_cached_decoding_equals_the_full_forward(length, config):
+    model, x = make(config), tokens(3, 24)
     with torch.no_grad():
         full = model(x)
         cache = KVCache(CONFIG, 3, 24, x.device, torch.float32)
@@ -121,7 +177,7 @@ def test_cached_decoding_equals_the_full_forward(length):
 
 
 def test_cache_takes_several_positions_at_a_time_and_rows_do_not_mix():
-    model, x = make(), tokens(3, 24)
+    model, x = make(EXTRAS), tokens(3, 24)
     with torch.no_grad():
         cache = KVCache(CONFIG, 3, 24, x.device, torch.float32)
         parts = torch.cat([model(part, cache=cache) for part in x.split([5, 7, 12], dim=1)], dim=1)
@@ -173,8 +229,9 @@ def test_bf16_computes_near_fp32_and_keeps_fp32_weights():
     assert {p.dtype for p in rough.parameters()} == {p.grad.dtype for p in rough.parameters()} == {torch.float32}
 
 
-def test_flops_match_those_counted_by_torch():
-    model = Llama(CONFIG)
+@pytest.mark.parametrize("config", [CONFIG, EXTRAS], ids=["plain", "extras"])
+def test_flops_match_those_counted_by_torch(config):
+    model = Llama(config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts no fused attention
         F.cross_entropy(model(tokens(2, 24)).flatten(0, 1), tokens(2, 24).flatten()).backward()
     attention = 12 * CONFIG.n_layers * CONFIG.d_model * CONFIG.seq_len  # torch counts the masked half too
@@ -184,8 +241,8 @@ def test_flops_match_those_counted_by_torch():
 
 def test_published_shape_has_88_million_parameters():
     with torch.device("meta"):
-        model = Llama(ModelConfig())
-    assert round(model.n_params() / 1e6) == 89 and model.n_params() < 90e6
+        plain, default = Llama(ModelConfig()), Llama(train_llm.Config().model)
+    assert round(plain.n_params() / 1e6) == 89 and plain.n_params() < default.n_params() < 90e6
 
 
 @pytest.mark.parametrize("bad", [{"n_layers": 0}, {"d_ff": -4}, {"n_kv_heads": 3}, {"d_model": 33}, {"vocab_size": 70_000}])

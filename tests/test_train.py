@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, flags, train
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import train_llm
 from common import UserError, checkpoints, save_checkpoint
+from data.tokenizer import spelling
 from metrics import read_metrics
 from model import Llama
 
@@ -50,7 +52,7 @@ def test_loss_falls_and_the_run_folder_is_whole(workdir, capsys):
     train_rows, val_rows = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
     assert [r["step"] for r in train_rows] == list(range(1, 91)) and [r["step"] for r in val_rows] == [23, 45, 68, 90]
     assert train_rows[0]["loss"] == pytest.approx(math.log(300), rel=0.05) and 0.5 < summary["val_loss"] < 3.5
-    assert train_rows[0]["lr"] == 0.024 and train_rows[-1]["lr"] == pytest.approx(0.05 * 0.024)
+    assert train_rows[0]["lr"] == 0.015 and train_rows[-1]["lr"] == pytest.approx(0.02 * 0.015)
     assert summary == json.loads(Path("runs/a/summary.json").read_text())
     assert summary["val_loss"] == val_rows[-1]["val_loss"] and summary["tokens"] == 11_520 and summary["steps"] == 90
     assert {"val_bpb", "train_loss", "params", "seed", "train_seconds", "tokens_per_second", "mfu", "peak_memory_gb", "device",
@@ -65,8 +67,14 @@ def test_loss_falls_and_the_run_folder_is_whole(workdir, capsys):
     assert json.loads(Path("runs/a/env.json").read_text())["torch"] == torch.__version__
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(lines) == 90 and "\r" not in "".join(lines)
-    for part in ("step 1/90", "1%", "tokens/s", "lr 0.024", "gnorm", "ms", "mfu -", "mem", "eta"):
+    for part in ("step 1/90", "1%", "tokens/s", "lr 0.015", "gnorm", "ms", "mfu -", "mem", "eta"):
         assert part in lines[0]
+
+
+def test_training_knows_how_the_tokenizer_spells(workdir):
+    train(run="a", tokens=256)
+    tokenizer = AutoTokenizer.from_pretrained("runs/a/tokenizer")
+    assert torch.equal(weights("a")["spelling"], spelling(tokenizer, 1024)) and weights("a")["affixes.weight"].any()
 
 
 def test_bits_per_byte_are_those_of_the_text(workdir):

@@ -1,17 +1,19 @@
 """Measure this code against others, side by side in one run.
 
     python -m tools.bench training       # tokens/s against transformers' Apertus of the same shape with AdamW
+    python -m tools.bench affixes        # tokens/s of training with affixes against without
     python -m tools.bench drawing        # visual words/s of the 40M model with a cache against without
     python -m tools.bench loss           # peak memory of the loss and its gradient against one full tensor of logits
 """
 
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
+import train_llm
 import train_multimodal
 import train_vqvae
 from common import Clock, Count, check_positive, device_name, peak_memory_gb, resolve_device, run_script
@@ -22,8 +24,8 @@ from muon import build_optimizers
 @dataclass
 class Config:
     """What to measure."""
-    what: Literal["training", "drawing", "loss"]
-    """The speed of training or of drawing, or the memory of the loss."""
+    what: Literal["training", "affixes", "drawing", "loss"]
+    """The speed of training, alone or with affixes, the speed of drawing, or the memory of the loss."""
     rounds: int = 5
     """Times that each side is measured, by turns."""
     steps: int = 3
@@ -68,37 +70,52 @@ def apertus(model: Llama):
 
 
 def training(cfg: Config, device: torch.device) -> None:
-    """Print tokens/s of both sides and their ratio, the median over the rounds."""
+    """Print tokens/s of this code with Muon and of transformers with AdamW, and their ratio."""
     dtype = getattr(torch, cfg.dtype)
     ours = Llama(cfg.model, compute_dtype=dtype)
     ours.init_weights()
     theirs = apertus(ours).to(device)
     theirs.model.embed_tokens.weight = theirs.lm_head.weight  # tied as ours: only the speed matters here
-    ours.to(device)
+    their_forward = torch.compile(theirs) if cfg.compile else theirs
+
+    def their_loss(inputs, targets):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return their_forward(input_ids=inputs, labels=inputs, shift_labels=targets).loss
+    race(cfg, device, {"blueberry, Muon": our_side(cfg, ours.to(device)),
+                       "transformers Apertus, AdamW": (their_loss, [torch.optim.AdamW(theirs.parameters(), lr=1e-3)])})
+
+
+def affixes(cfg: Config, device: torch.device) -> None:
+    """Print tokens/s of training with affixes, as many as train_llm.py has unless cfg says, and without, and their ratio."""
+    sides, n = {}, cfg.model.affixes or train_llm.Config().model.affixes
+    for name, number in (("with affixes", n), ("without", 0)):
+        model = Llama(replace(cfg.model, affixes=number), compute_dtype=getattr(torch, cfg.dtype))
+        model.init_weights()
+        if number:
+            model.spelling[:, :7].random_(0, number)  # seven of them, as a token has on average
+        sides[name] = our_side(cfg, model.to(device))
+    race(cfg, device, sides)
+
+
+def our_side(cfg: Config, model: Llama) -> tuple:
+    """The loss of a model as a function of inputs and targets, and its optimizers."""
+    optimizers = build_optimizers(model, muon_lr=1e-3, muon_wd=0, adamw_lr=1e-3, adamw_wd=0, adamw_beta2=0.95,
+                                  dtype=model.compute_dtype, compile=cfg.compile)
+    return torch.compile(model) if cfg.compile else model, optimizers
+
+
+def race(cfg: Config, device: torch.device, sides: dict[str, tuple]) -> None:
+    """Train the sides {name: (loss, optimizers)} by turns and compare their tokens/s."""
     shape = (cfg.batch_tokens // cfg.model.seq_len, cfg.model.seq_len + 1)
     windows = torch.randint(cfg.model.vocab_size, shape, device=device)
     inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-    forward = torch.compile(ours) if cfg.compile else ours
-    their_forward = torch.compile(theirs) if cfg.compile else theirs
-
-    def our_loss():
-        return forward(inputs, targets)
-
-    def their_loss():
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return their_forward(input_ids=inputs, labels=inputs, shift_labels=targets).loss
-    sides = {
-        "blueberry, Muon": (our_loss, build_optimizers(ours, muon_lr=1e-3, muon_wd=0, adamw_lr=1e-3, adamw_wd=0,
-                                                       adamw_beta2=0.95, dtype=dtype, compile=cfg.compile)),
-        "transformers Apertus, AdamW": (their_loss, [torch.optim.AdamW(theirs.parameters(), lr=1e-3)]),
-    }
     speeds = {name: [] for name in sides}
     for turn in range(cfg.rounds + 1):  # the first is warm-up
         for name, (loss, optimizers) in sides.items():
             clock = Clock(device)
             clock.start()
             for _ in range(cfg.steps):
-                loss().backward()
+                loss(inputs, targets).backward()
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -162,7 +179,7 @@ def main(cfg: Config) -> None:
     check_positive(cfg, "rounds", "steps", "words", "batch_tokens", "loss_tokens", "loss_vocab")
     device = resolve_device(cfg)
     print(f"{device_name(device)}, {cfg.dtype}, torch {torch.__version__}, {'compiled' if cfg.compile else 'not compiled'}")
-    {"training": training, "drawing": drawing, "loss": loss}[cfg.what](cfg, device)
+    {"training": training, "affixes": affixes, "drawing": drawing, "loss": loss}[cfg.what](cfg, device)
 
 
 if __name__ == "__main__":
