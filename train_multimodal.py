@@ -109,6 +109,8 @@ def resolve_recipe(cfg: Config) -> tuple[int, int]:
         raise UserError(f"--sequences {cfg.sequences} is less than one step of --batch_sequences {cfg.batch_sequences}")
     if cfg.text_mix and not 0 < text_rows < cfg.batch_sequences:
         raise UserError(f"--text_mix {cfg.text_mix} makes {text_rows} of {cfg.batch_sequences} sequences text: it must be some")
+    if cfg.model.affixes:
+        raise UserError(f"--model.affixes {cfg.model.affixes}: visual words have no spelling; leave it at 0")
     if cfg.muon_wd == "auto":
         cfg.muon_wd = min(4 / steps, 0.02) / cfg.muon_lr
     if cfg.momentum_warmup_frac == "auto":
@@ -166,7 +168,7 @@ def start_from(model: Llama, name: str, tokenizer) -> None:
     if "tokens" not in config:
         raise UserError(f"--init_from {name} is no run of train_llm.py")
     shape, wanted = ModelConfig(**config["model"]), model.config
-    for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta"):
+    for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta", "value_shortcut"):
         if getattr(shape, key) != getattr(wanted, key):
             raise UserError(f"--init_from {name} has model.{key} {getattr(shape, key)}, this run {getattr(wanted, key)}: "
                             f"set --model.{key} {getattr(shape, key)}")

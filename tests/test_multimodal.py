@@ -209,7 +209,7 @@ def test_captions_are_put_out_of_sight_and_the_best_weights_are_kept(pets):
 def test_text_beside_pictures_and_from_a_language_model(pets):
     train(run="lm", tokens=1280, model__n_heads=2, model__n_kv_heads=1)
     text = dict(data__tokenizer="runs/lm/tokenizer", text_mix=0.25, text_source="corpus.jsonl")
-    summary = multimodal(run="m", init_from="lm", sequences=16, muon_lr=1e-9, adamw_lr=1e-9, text_weight=0, **text, **pets)
+    summary = multimodal(run="m", init_from="lm", model__value_shortcut="true", sequences=16, muon_lr=1e-9, adamw_lr=1e-9, text_weight=0, **text, **pets)
     rows = [row for row in read_metrics(Path("runs/m")) if "loss" in row]
     fresh = multimodal(run="f", sequences=16, muon_lr=1e-9, adamw_lr=1e-9, **text, **pets)
     start = [row for row in read_metrics(Path("runs/f")) if "loss" in row]
@@ -235,7 +235,7 @@ def test_bad_input_is_one_clear_line(pets):
     cases = {
         (train_multimodal, "--vqvae=coarse"): "does not fit the VQ-VAE's 4 x 4 grid: set them to 16", (train_multimodal, "--vqvae=few"): "the 8 codes of the VQ-VAE",
         (train_multimodal, "--vqvae="): "--vqvae is missing", (train_multimodal, "--vqvae=lm"): "is no run of train_vqvae.py",
-        (train_multimodal, "--init_from=lm"): "set --model.n_heads 4", (train_multimodal, "--sample_prompts=['%s']" % ("z" * 99)): "99 tokens", (train_multimodal, "--text_mix=0.01"): "makes 0 of 8 sequences text",
+        (train_multimodal, "--model.affixes=5"): "--model.affixes 5: visual words have no spelling", (train_multimodal, "--init_from=lm"): "set --model.n_heads 4", (train_multimodal, "--sample_prompts=['%s']" % ("z" * 99)): "99 tokens", (train_multimodal, "--text_mix=0.01"): "makes 0 of 8 sequences text",
         (generate, "lm --out x.png"): "is a language model and cannot draw", (generate, "lm --kind image"): "cannot draw",
         (generate, "m --prompt="): "the prompt is empty", (generate, "m --prompt=\n"): "the prompt is empty", (generate, "m --guidance=-1"): "--guidance is -1.0", (generate, "m --n=0"): "--n is 0",
         (generate, "m --prompt=" + "z" * 99): "the prompt has 99 tokens, the model takes 32", (generate, "m --out=file/x.png"): "file/x.png cannot be written",
