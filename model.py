@@ -245,17 +245,19 @@ class Llama(nn.Module):
             else:
                 raise ValueError(f"no initialization for parameter {name} of shape {tuple(p.shape)}")
 
-    def table(self) -> Tensor:
-        """The embedding of every token (V, C), input and output: its own vector plus those of its affixes (arXiv 1607.04606)."""
+    def vectors(self, tokens: Tensor | slice) -> Tensor:
+        """Embeddings (..., C) of tokens or of rows of the vocabulary: own vectors plus those of affixes (arXiv 1607.04606)."""
+        own = self.embed.weight[tokens] if isinstance(tokens, slice) else self.embed(tokens)
         if self.affixes is None:
-            return self.embed.weight
+            return own
         padded = F.pad(self.affixes.weight, (0, 0, 1, 0))  # row 0 stands for none
-        return self.embed.weight + F.embedding_bag(self.spelling + 1, padded, mode="sum", padding_idx=0)
+        bags = self.spelling[tokens].flatten(0, -2) + 1
+        return own + F.embedding_bag(bags, padded, mode="sum", padding_idx=0).view_as(own)
 
     @torch.no_grad()
     def fold(self) -> "Llama":
         """Add the affixes to the embedding for good: the same function as a plain table, for when training is over."""
-        self.embed.weight.copy_(self.table())
+        self.embed.weight.copy_(self.vectors(slice(None)))
         self.config, self.affixes, self.spelling = replace(self.config, affixes=0), None, None
         return self
 
@@ -266,10 +268,9 @@ class Llama(nn.Module):
         sequence with a picture is the row and column of each token (B, T, 2) and the cell (B, T) whose word it predicts,
         -1 for none; without one, tokens stand in a row.
         """
-        past = cache.length if cache is not None else 0
-        T = tokens.shape[1]
+        past, T = cache.length if cache is not None else 0, tokens.shape[1]
         assert past + T <= self.config.seq_len, f"{past} + {T} positions, seq_len is {self.config.seq_len}"
-        x = F.embedding(tokens, self.table())  # (B, T, C)
+        x = self.vectors(tokens)  # (B, T, C)
         if layout is None:
             cos, sin = self.cos[past:past + T], self.sin[past:past + T]
         else:
@@ -287,11 +288,11 @@ class Llama(nn.Module):
 
     def head(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """Logits (..., V) in fp32 of hidden x (..., C), over the given rows of the vocabulary alone."""
-        return F.linear(x, self.table()[rows].to(x.dtype)).float()
+        return F.linear(x, self.vectors(rows).to(x.dtype)).float()
 
     def loss(self, x: Tensor, targets: Tensor, rows: slice = slice(None)) -> Tensor:
         """Mean loss in nats per token of hidden x (B, T, C), over the given rows; targets (B, T) count from the first."""
-        return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.table()[rows], targets.flatten())
+        return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.vectors(rows), targets.flatten())
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) in fp32 for tokens (B, T), or with targets (B, T) the mean loss in nats per token."""

@@ -60,7 +60,7 @@ def test_affixes_add_to_the_vectors_of_the_tokens_that_have_them():
     model = make(replace(CONFIG, affixes=40))
     by_hand = torch.stack([own + sum(model.affixes.weight[i] for i in row if i >= 0)
                            for own, row in zip(model.embed.weight, model.spelling)])
-    torch.testing.assert_close(model.table(), by_hand)
+    torch.testing.assert_close(model.vectors(slice(None)), by_hand)
     plain = make()
     plain.load_state_dict({**{k: v for k, v in model.state_dict().items() if k in plain.state_dict()}, "embed.weight": by_hand})
     torch.testing.assert_close(model(tokens(2, 24)), plain(tokens(2, 24)))  # as input and as output
@@ -70,12 +70,12 @@ def test_a_token_never_seen_moves_with_those_that_share_its_affixes():
     model = Llama(EXTRAS)
     model.init_weights(torch.Generator().manual_seed(0))
     model.spelling[[7, 8, 90], 0] = 3
-    before = model.table().detach().clone()
+    before = model.vectors(slice(None)).detach().clone()
     x = tokens(8, 24).clamp(max=80)
     for optimizer in build_optimizers(model, muon_lr=0.02, muon_wd=0, adamw_lr=0.01, adamw_wd=0, adamw_beta2=0.99):
         model(x, x.roll(1)).backward()
         optimizer.step()
-    moved = model.table() - before
+    moved = model.vectors(slice(None)) - before
     shared = model.affixes.weight[3]
     assert shared.abs().min() > 0 and torch.equal(model.affixes.weight[4], torch.zeros(32))
     own = model.embed.weight - before
@@ -87,7 +87,7 @@ def test_values_read_the_embedding_of_their_token_in_every_layer():
     model, x, seen = make(EXTRAS), tokens(2, 24), []
     for block in model.blocks:
         block.attn.v_embed_proj.register_forward_hook(lambda module, inputs, output: seen.append((module, output)))
-    logits, embedded = model(x), F.rms_norm(model.table()[x], (32,))
+    logits, embedded = model(x), F.rms_norm(model.vectors(x), (32,))
     assert [module for module, _ in seen] == [block.attn.v_embed_proj for block in model.blocks]
     for module, output in seen:
         torch.testing.assert_close(output, embedded @ module.weight.T)

@@ -1,7 +1,7 @@
 """Measure this code against others, side by side in one run.
 
     python -m tools.bench training       # tokens/s against transformers' Apertus of the same shape with AdamW
-    python -m tools.bench affixes        # tokens/s of training with affixes against without
+    python -m tools.bench extras         # tokens/s of training with what the default adds to a plain Llama, against without
     python -m tools.bench drawing        # visual words/s of the 40M model with a cache against without
     python -m tools.bench loss           # peak memory of the loss and its gradient against one full tensor of logits
 """
@@ -24,8 +24,8 @@ from muon import build_optimizers
 @dataclass
 class Config:
     """What to measure."""
-    what: Literal["training", "affixes", "drawing", "loss"]
-    """The speed of training, alone or with affixes, the speed of drawing, or the memory of the loss."""
+    what: Literal["training", "extras", "drawing", "loss"]
+    """The speed of training, against another's or of our model without its extras, of drawing, or the memory of the loss."""
     rounds: int = 5
     """Times that each side is measured, by turns."""
     steps: int = 3
@@ -85,14 +85,15 @@ def training(cfg: Config, device: torch.device) -> None:
                        "transformers Apertus, AdamW": (their_loss, [torch.optim.AdamW(theirs.parameters(), lr=1e-3)])})
 
 
-def affixes(cfg: Config, device: torch.device) -> None:
-    """Print tokens/s of training with affixes, as many as train_llm.py has unless cfg says, and without, and their ratio."""
-    sides, n = {}, cfg.model.affixes or train_llm.Config().model.affixes
-    for name, number in (("with affixes", n), ("without", 0)):
-        model = Llama(replace(cfg.model, affixes=number), compute_dtype=getattr(torch, cfg.dtype))
+def extras(cfg: Config, device: torch.device) -> None:
+    """Print tokens/s of training with the affixes and the value shortcut of train_llm.py, and without, and their ratio."""
+    sides, ours = {}, train_llm.Config().model
+    for name, config in [("with extras", replace(cfg.model, affixes=ours.affixes, value_shortcut=ours.value_shortcut)),
+                         ("without", replace(cfg.model, affixes=0, value_shortcut=False))]:
+        model = Llama(config, compute_dtype=getattr(torch, cfg.dtype))
         model.init_weights()
-        if number:
-            model.spelling[:, :7].random_(0, number)  # seven of them, as a token has on average
+        if config.affixes:
+            model.spelling[:, :7].random_(0, config.affixes)  # seven of them, as a token has on average
         sides[name] = our_side(cfg, model.to(device))
     race(cfg, device, sides)
 
@@ -179,7 +180,7 @@ def main(cfg: Config) -> None:
     check_positive(cfg, "rounds", "steps", "words", "batch_tokens", "loss_tokens", "loss_vocab")
     device = resolve_device(cfg)
     print(f"{device_name(device)}, {cfg.dtype}, torch {torch.__version__}, {'compiled' if cfg.compile else 'not compiled'}")
-    {"training": training, "affixes": affixes, "drawing": drawing, "loss": loss}[cfg.what](cfg, device)
+    {"training": training, "extras": extras, "drawing": drawing, "loss": loss}[cfg.what](cfg, device)
 
 
 if __name__ == "__main__":
