@@ -86,8 +86,8 @@ def test_gradient_goes_straight_through():
     back.square().sum().backward()
     quantized = model.lookup(model.quantizer(z.permute(0, 2, 3, 1).flatten(0, 2).detach()).view(2, 8, 8)).requires_grad_()
     model.render(quantized).square().sum().backward()
-    torch.testing.assert_close(z.grad, quantized.grad)
-    assert z.grad.abs().sum() > 0
+    torch.testing.assert_close(z.grad, quantized.grad, atol=1e-4, rtol=1e-4)  # sums in another order, by machine and draw
+    assert z.grad.abs().mean() > 0.01
 
 
 def test_stored_codes_decode_to_the_reconstruction():
