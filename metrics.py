@@ -35,6 +35,7 @@ class Metrics:
         self.unit, self.per_step, self.flops = unit, per_step, flops
         self.peak, self.mark = peak_flops(clock.device, cfg.dtype), (step, clock.seconds)
         self.tty, self.wandb = sys.stderr.isatty(), None
+        self.code = git_state()  # now: a commit made while the run goes on is not what it ran
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.tty)
         if cfg.wandb:
             import wandb
@@ -80,7 +81,7 @@ class Metrics:
             "params": sum(p.numel() for p in model.parameters()), "seed": self.cfg.seed, "train_seconds": seconds,
             f"{self.unit}_per_second": self.steps * self.per_step / seconds, "tokens_per_second": tokens / seconds,
             "mfu": self.flops * self.steps / seconds / self.peak if self.peak else None,
-            "peak_memory_gb": peak_memory_gb(self.clock.device), "device": device_name(self.clock.device), **git_state(),
+            "peak_memory_gb": peak_memory_gb(self.clock.device), "device": device_name(self.clock.device), **self.code,
             "cost_usd": seconds / 3600 * self.cfg.gpu_hourly_usd}
         write_text(self.run / "summary.json", json.dumps(summary, indent=2))
         print("\n".join(f"{key}: {value}" for key, value in summary.items()))

@@ -77,6 +77,16 @@ def test_training_knows_how_the_tokenizer_spells(workdir):
     assert torch.equal(weights("a")["spelling"], spelling(tokenizer, 1024)) and weights("a")["affixes.weight"].any()
 
 
+def test_summary_names_the_code_that_the_run_began_with(workdir, monkeypatch):
+    state = {"commit": "first", "dirty": False, "code_sha256": "0"}
+    def commit_meanwhile(*args):
+        state["commit"] = "second"
+        return 1.0
+    monkeypatch.setattr("metrics.git_state", lambda: dict(state))
+    monkeypatch.setattr(train_llm, "evaluate", commit_meanwhile)
+    assert train(run="a", tokens=256)["commit"] == "first" and state["commit"] == "second"
+
+
 def test_bits_per_byte_are_those_of_the_text(workdir):
     """All of the validation text is scored, so nats over its bytes can be counted by hand."""
     summary = train(run="a", data__val_tokens="1M", eval_tokens="1M")
