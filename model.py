@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK_LOGITS = 2**25  # the loss has this many logits at a time, 128 MB in fp32: large for a GPU, good on a CPU, docs/LOG.md
+from cross_entropy import ChunkedCrossEntropy
+
 SPELLING = 10  # affixes a token has at most
 
 
@@ -42,6 +43,8 @@ class ModelConfig:
     """Vectors for parts of spelling (beginnings, ends, letter case) that tokens share; 0: each token has its own alone."""
     value_shortcut: bool = False
     """Values of every layer read the embedding of their token too."""
+    canon: int = 0
+    """Positions before its own that what attention and MLP read takes in, weighted by channel."""
     cells: int = 0
     """Cells of a picture's grid: a learned vector for each is added where its visual word is predicted; 0 for text."""
 
@@ -54,7 +57,7 @@ class ModelConfig:
                              f"choose a multiple of {2 * self.n_heads}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"model.n_heads {self.n_heads} is not divisible by model.n_kv_heads {self.n_kv_heads}")
-        for name in ("cells", "affixes"):
+        for name in ("affixes", "canon", "cells"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must not be negative")
         if self.vocab_size > 65_536:
@@ -111,11 +114,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, so that decoding computes each position once."""
+    """What decoding keeps of the positions seen so far, so that it computes each once: keys, values, what Canon layers saw."""
 
     def __init__(self, config: ModelConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype):
         shape = (2, config.n_layers, batch, config.n_kv_heads, max_len, config.d_head)
         self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.recent: dict[Canon, Tensor] = {}  # (B, canon, C) each
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,6 +128,22 @@ class KVCache:
         self.kv[0, layer, :, :, self.length:end] = k
         self.kv[1, layer, :, :, self.length:end] = v
         return self.kv[0, layer, :, :, :end], self.kv[1, layer, :, :, :end]
+
+
+class Canon(nn.Module):
+    """Canon layer (arXiv 2512.17351): a position plus the few before it, each weighted by channel, a short causal convolution."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.canon, config.d_model))
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        n, T = len(self.weight), x.shape[1]
+        past = cache.recent.get(self) if cache is not None else None
+        x = F.pad(x, (0, 0, n, 0)) if past is None else torch.cat((past, x), dim=1)  # (B, n + T, C)
+        if cache is not None:
+            cache.recent[self] = x[:, -n:]
+        return x[:, n:] + sum(x[:, n - i:n - i + T] * w for i, w in enumerate(self.weight.to(x.dtype), start=1))
 
 
 class Attention(nn.Module):
@@ -175,45 +195,13 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.d_model)
         self.mlp = MLP(config)
+        self.attn_canon, self.mlp_canon = (Canon(config), Canon(config)) if config.canon else (None, None)
 
     def forward(self, x: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), embedded, cos, sin, cache)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of a linear head, a slice of positions at a time.
-
-    The gradients are taken in the forward pass, while a slice's logits are at hand: neither the (N, V) logits
-    nor a second computation of them is needed. The idea is Liger Kernel's (arXiv 2410.10989).
-    """
-
-    @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        w = weight.to(h.dtype)
-        train = ctx.needs_input_grad[0]
-        grad_h = torch.empty_like(h) if train else None
-        grad_w = torch.zeros_like(weight) if train else None
-        total = torch.zeros((), device=h.device)
-        rows = max(1, CHUNK_LOGITS // len(weight))
-        for start in range(0, len(h), rows):
-            part, target = h[start:start + rows], targets[start:start + rows, None]
-            log_probs = (part @ w.T).log_softmax(-1, dtype=torch.float32)  # (rows, V)
-            picked = log_probs.gather(1, target)
-            total -= picked.sum()
-            if train:
-                grad = log_probs.exp_()  # softmax, then minus one at the target
-                grad = grad.scatter_add_(1, target, torch.full_like(picked, -1.0)).to(h.dtype)
-                grad_h[start:start + rows] = grad @ w
-                grad_w += grad.T @ part
-        ctx.save_for_backward(grad_h, grad_w)
-        return total / len(h)
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor):
-        grad_h, grad_w = ctx.saved_tensors
-        scale = grad_loss / len(grad_h)
-        return grad_h * scale, grad_w * scale, None
+        h = self.attn_norm(x)
+        x = x + self.attn(self.attn_canon(h, cache) if self.attn_canon else h, embedded, cos, sin, cache)
+        h = self.mlp_norm(x)
+        return x + self.mlp(self.mlp_canon(h, cache) if self.mlp_canon else h)
 
 
 class Llama(nn.Module):
@@ -238,7 +226,7 @@ class Llama(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 nn.init.ones_(p)
-            elif name == "affixes.weight":
+            elif name.endswith(("affixes.weight", "canon.weight")):
                 nn.init.zeros_(p)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02, generator=generator)
@@ -305,7 +293,7 @@ class Llama(nn.Module):
 
     def flops_per_token(self) -> int:
         """Forward and backward FLOPs a training token: 6 a matrix weight, plus causal attention over seq_len."""
-        matrices = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and name != "affixes.weight")
+        matrices = sum(p.numel() for name, p in self.named_parameters() if name.endswith(("embed.weight", "_proj.weight")))
         return 6 * matrices + 6 * self.config.n_layers * self.config.d_model * self.config.seq_len
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Muon (Keller Jordan, kellerjordan.github.io/posts/muon): momentum, made orthogonal, as the update of a matrix.
 
-Every 2-D weight of the blocks is one matrix: projections are never fused, because the orthogonal factor of a stack
+Every projection of the blocks is one matrix: they are never fused, because the orthogonal factor of a stack
 is not the stack of the factors. Weights of one shape are worked on as one batch. Everything else goes to AdamW.
 """
 
@@ -84,14 +84,13 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model: nn.Module, *, muon_lr: float, muon_wd: float, adamw_lr: float, adamw_wd: float,
                      adamw_beta2: float, dtype: torch.dtype = torch.float32, compile: bool = False) -> list:
-    """[Muon over the 2-D weights of model.blocks, AdamW over all others]; each group remembers its peak_lr.
+    """[Muon over the projections in model.blocks, AdamW over all others]; each group remembers its peak_lr.
 
     Affixes take 0.3 of adamw_lr: a token has some seven, which move it together (0.1, 0.3 and 1 were tried, docs/LOG.md).
     """
     groups = {"muon": [], "affixes": [], "rest": []}
     for name, p in model.named_parameters():
-        block_matrix = name.startswith("blocks.") and p.ndim == 2
-        groups["muon" if block_matrix else "affixes" if name == "affixes.weight" else "rest"].append(p)
+        groups["muon" if name.endswith("_proj.weight") else "affixes" if name == "affixes.weight" else "rest"].append(p)
     optimizers = [
         Muon(groups["muon"], lr=muon_lr, weight_decay=muon_wd, dtype=dtype, compile=compile),
         # eps: with the default 1e-8 rarely seen tokens would move by less than they should (gradients are ~1e-6)

@@ -43,10 +43,10 @@ class Config(RunConfig):
     """Weight decay of the same; auto: 4 / (muon_lr * steps), so that at the peak rate a run decays by e^-4, but at most
     0.02 / muon_lr."""
     adamw_lr: float | Literal["auto"] = "auto"
-    """Peak learning rate of embeddings and norms, 0.3 of it of affixes; auto: 0.006 up to 20M tokens, then falling with
+    """Peak learning rate of embeddings, norms and Canon layers, 0.3 of it of affixes; auto: 0.006 up to 20M tokens, then falling with
     tokens^(-1/3)."""
     adamw_wd: float = 0.0
-    """Weight decay of embeddings and norms."""
+    """Weight decay of the same."""
     adamw_beta2: float | Literal["auto"] = "auto"
     """Decay of AdamW's second moment; auto: a half-life of an eighth of the budget, at most 5M tokens."""
     warmup_frac: float = 0.0
@@ -67,7 +67,7 @@ class Config(RunConfig):
     """Length of those continuations."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(
-        n_layers=21, affixes=1024, value_shortcut=True))
+        n_layers=21, affixes=1024, value_shortcut=True, canon=3))
 
 
 def resolve_recipe(cfg: Config) -> int:

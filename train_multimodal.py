@@ -168,7 +168,7 @@ def start_from(model: Llama, name: str, tokenizer) -> None:
     if "tokens" not in config:
         raise UserError(f"--init_from {name} is no run of train_llm.py")
     shape, wanted = ModelConfig(**config["model"]), model.config
-    for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta", "value_shortcut"):
+    for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta", "value_shortcut", "canon"):
         if getattr(shape, key) != getattr(wanted, key):
             raise UserError(f"--init_from {name} has model.{key} {getattr(shape, key)}, this run {getattr(wanted, key)}: "
                             f"set --model.{key} {getattr(shape, key)}")

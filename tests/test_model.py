@@ -11,12 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_llm
-from model import ChunkedCrossEntropy, KVCache, Llama, ModelConfig, sample
+from cross_entropy import ChunkedCrossEntropy
+from model import KVCache, Llama, ModelConfig, sample
 from muon import build_optimizers
 from tools.bench import apertus
 
 CONFIG = ModelConfig(vocab_size=101, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, seq_len=24)
-EXTRAS = replace(CONFIG, affixes=40, value_shortcut=True)
+EXTRAS = replace(CONFIG, affixes=40, value_shortcut=True, canon=3)
 
 
 def make(config=CONFIG, seed=0, std=0.2, **kwargs) -> Llama:
@@ -43,7 +44,7 @@ def test_same_logits_as_transformers_apertus():
 
 
 def test_chunked_loss_and_gradients_equal_the_plain_ones(monkeypatch):
-    monkeypatch.setattr("model.CHUNK_LOGITS", 7 * 101)  # 7 rows at a time, the last chunk shorter
+    monkeypatch.setattr("cross_entropy.CHUNK_LOGITS", 7 * 101)  # 7 rows at a time, the last chunk shorter
     h, w = torch.randn(24, 16, requires_grad=True), torch.randn(101, 16, requires_grad=True)
     targets = torch.randint(101, (24,))
     plain = F.cross_entropy(h @ w.T, targets)
@@ -95,6 +96,25 @@ def test_values_read_the_embedding_of_their_token_in_every_layer():
     assert not torch.allclose(model(x), logits)
 
 
+def test_canon_layers_add_the_positions_before_by_channel_before_attention_and_mlp():
+    model, x = make(EXTRAS), tokens(2, 24)
+    block, inputs = model.blocks[1], {}
+    for module in (block.attn_norm, block.mlp_norm):
+        module.register_forward_hook(lambda module, args, output: inputs.update({module: output}))
+    for module in (block.attn.q_proj, block.mlp.up_proj):
+        module.register_forward_hook(lambda module, args, output: inputs.update({module: args[0]}))
+    model(x)
+    for norm, canon, reader in [(block.attn_norm, block.attn_canon, block.attn.q_proj),
+                                (block.mlp_norm, block.mlp_canon, block.mlp.up_proj)]:
+        by_hand = inputs[norm].clone()
+        for t in range(24):
+            for i in range(1, min(t, 3) + 1):
+                by_hand[:, t] += canon.weight[i - 1] * inputs[norm][:, t - i]
+        torch.testing.assert_close(inputs[reader], by_hand)
+    model.init_weights()
+    assert not any(p.any() for name, p in model.named_parameters() if "canon" in name)  # training starts as a plain model
+
+
 def test_a_folded_model_is_the_same_function_without_affixes():
     model, x = make(EXTRAS), tokens(2, 24)
     before = model(x)
@@ -107,7 +127,7 @@ def test_a_folded_model_is_the_same_function_without_affixes():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_model_compiles_as_one_graph(dtype, config, monkeypatch):
     """Traced and differentiated as torch.compile does it, without the code generation that needs a C++ compiler."""
-    monkeypatch.setattr("model.CHUNK_LOGITS", 7 * 101)
+    monkeypatch.setattr("cross_entropy.CHUNK_LOGITS", 7 * 101)
     model, x = make(config, compute_dtype=dtype), tokens(2, 24)
     compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
     params = list(model.parameters())
@@ -189,8 +209,9 @@ def generators(n, seed=0):
     return [torch.Generator().manual_seed(seed + i) for i in range(n)]
 
 
-def test_greedy_generation_equals_argmax_of_full_forwards():
-    model, x = make(), tokens(2, 3)
+@pytest.mark.parametrize("config", [CONFIG, EXTRAS], ids=["plain", "extras"])
+def test_greedy_generation_equals_argmax_of_full_forwards(config):
+    model, x = make(config), tokens(2, 3)
     with torch.no_grad():
         ours = torch.stack(list(model.generate(x, 100, generators=generators(2), temperature=0)), dim=1)
         for _ in range(21):
@@ -245,7 +266,8 @@ def test_published_shape_has_88_million_parameters():
     assert round(plain.n_params() / 1e6) == 89 and plain.n_params() < default.n_params() < 90e6
 
 
-@pytest.mark.parametrize("bad", [{"n_layers": 0}, {"d_ff": -4}, {"n_kv_heads": 3}, {"d_model": 33}, {"vocab_size": 70_000}])
+@pytest.mark.parametrize("bad", [{"n_layers": 0}, {"d_ff": -4}, {"n_kv_heads": 3}, {"d_model": 33}, {"vocab_size": 70_000},
+                                 {"canon": -1}])
 def test_impossible_shapes_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad)) + "|n_heads"):
         ModelConfig(**bad)

@@ -211,7 +211,9 @@ def test_text_beside_pictures_and_from_a_language_model(pets):
     text = dict(data__tokenizer="runs/lm/tokenizer", text_mix=0.25, text_source="corpus.jsonl")
     with pytest.raises(UserError, match="set --model.value_shortcut True"):
         multimodal(run="m", init_from="lm", **text, **pets)
-    summary = multimodal(run="m", init_from="lm", model__value_shortcut="true", sequences=16, muon_lr=1e-9, adamw_lr=1e-9, text_weight=0, **text, **pets)
+    with pytest.raises(UserError, match="set --model.canon 3"):
+        multimodal(run="m", init_from="lm", model__value_shortcut="true", **text, **pets)
+    summary = multimodal(run="m", init_from="lm", model__value_shortcut="true", model__canon=3, sequences=16, muon_lr=1e-9, adamw_lr=1e-9, text_weight=0, **text, **pets)
     rows = [row for row in read_metrics(Path("runs/m")) if "loss" in row]
     fresh = multimodal(run="f", sequences=16, muon_lr=1e-9, adamw_lr=1e-9, **text, **pets)
     start = [row for row in read_metrics(Path("runs/f")) if "loss" in row]

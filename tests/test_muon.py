@@ -74,7 +74,7 @@ def test_state_survives_saving():
 
 
 def test_every_parameter_has_one_optimizer():
-    model = Llama(ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=64, seq_len=16, affixes=9))
+    model = Llama(ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=64, seq_len=16, affixes=9, canon=3))
     muon, adamw = build_optimizers(model, muon_lr=0.02, muon_wd=0.1, adamw_lr=0.005, adamw_wd=0.2, adamw_beta2=0.97)
     names = {p: name for name, p in model.named_parameters()}
     in_muon = [names[p] for group in muon.param_groups for p in group["params"]]

@@ -17,7 +17,8 @@ import train_llm
 import train_multimodal
 import train_vqvae
 from common import Clock, Count, check_positive, device_name, peak_memory_gb, resolve_device, run_script
-from model import ChunkedCrossEntropy, KVCache, Llama, ModelConfig
+from cross_entropy import ChunkedCrossEntropy
+from model import KVCache, Llama, ModelConfig
 from muon import build_optimizers
 
 
@@ -86,10 +87,10 @@ def training(cfg: Config, device: torch.device) -> None:
 
 
 def extras(cfg: Config, device: torch.device) -> None:
-    """Print tokens/s of training with the affixes and the value shortcut of train_llm.py, and without, and their ratio."""
+    """Print tokens/s of training with the affixes, value shortcut and Canon layers of train_llm.py, and without, and their ratio."""
     sides, ours = {}, train_llm.Config().model
-    for name, config in [("with extras", replace(cfg.model, affixes=ours.affixes, value_shortcut=ours.value_shortcut)),
-                         ("without", replace(cfg.model, affixes=0, value_shortcut=False))]:
+    for name, source in [("with extras", ours), ("without", ModelConfig())]:
+        config = replace(cfg.model, affixes=source.affixes, value_shortcut=source.value_shortcut, canon=source.canon)
         model = Llama(config, compute_dtype=getattr(torch, cfg.dtype))
         model.init_weights()
         if config.affixes:
