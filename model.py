@@ -44,7 +44,7 @@ class ModelConfig:
     value_shortcut: bool = False
     """Values of every layer read the embedding of their token too."""
     canon: int = 0
-    """Positions before its own that what attention and MLP read takes in, weighted by channel."""
+    """Canon layers: earlier positions added, weighted by channel, to what attention and MLP read; 0: none."""
     cells: int = 0
     """Cells of a picture's grid: a learned vector for each is added where its visual word is predicted; 0 for text."""
 
