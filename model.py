@@ -60,6 +60,8 @@ class ModelConfig:
         for name in ("affixes", "canon", "cells"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must not be negative")
+        if self.canon >= self.seq_len:
+            raise ValueError(f"model.canon is {self.canon}: it must be less than model.seq_len {self.seq_len}")
         if self.vocab_size > 65_536:
             raise ValueError(f"model.vocab_size {self.vocab_size} does not fit the uint16 token files: at most 65536")
 

@@ -73,6 +73,8 @@ class Config(RunConfig):
 def resolve_recipe(cfg: Config) -> int:
     """Fill in what the budget decides and return the number of steps. Raises UserError."""
     check_positive(cfg, "tokens", "eval_tokens")
+    if cfg.model.cells:
+        raise UserError(f"--model.cells {cfg.model.cells}: text has no cells; leave it at 0")
     if cfg.batch_tokens == "auto":
         sequences = min(16_384, cfg.tokens / 1000) / cfg.model.seq_len
         cfg.batch_tokens = cfg.model.seq_len * 2 ** max(0, round(math.log2(sequences)))

@@ -88,7 +88,7 @@ BAD = {
     "--run=a/b": "'a/b' is no name", "--tokens=100": "less than one step", "--data.val_fraction=1": "val_fraction",
     "--data.source=none.parquet": "none.parquet", "--data.tokenizer=bpe-5": "257", "--model.vocab_size=299": "--model.vocab_size is 299",
     "--tokens=1M": "lower the budget to", "--run=taken": "--resume, choose another --run", "--data.val_source=empty.txt": "empty.txt",
-    "--seed=-1": "--seed is -1",
+    "--seed=-1": "--seed is -1", "--model.cells=4": "--model.cells 4: text has no cells", "--model.canon=32": "model.canon is 32",
 }
 
 
