@@ -40,7 +40,7 @@ class Config(RunConfig):
     muon_lr: float | Literal["auto"] = "auto"
     """Peak learning rate of the blocks' matrices; auto: 0.015 up to 20M tokens, then falling with tokens^(-1/6)."""
     muon_wd: float | Literal["auto"] = "auto"
-    """Weight decay of the same; auto: 4 / (muon_lr * steps), so that at the peak rate a run decays by e^-4, but at most
+    """Weight decay of the same; auto: 2 / (muon_lr * steps), so that at the peak rate a run decays by e^-2, but at most
     0.02 / muon_lr."""
     adamw_lr: float | Literal["auto"] = "auto"
     """Peak learning rate of embeddings, norms and Canon layers, 0.3 of it of affixes; auto: 0.006 up to 20M tokens, then falling with
@@ -88,7 +88,7 @@ def resolve_recipe(cfg: Config) -> int:
     if cfg.muon_lr == "auto":
         cfg.muon_lr = 0.015 * min(1.0, 20e6 / cfg.tokens) ** (1 / 6)
     if cfg.muon_wd == "auto":
-        cfg.muon_wd = min(4 / steps, 0.02) / cfg.muon_lr
+        cfg.muon_wd = min(2 / steps, 0.02) / cfg.muon_lr
     if cfg.adamw_lr == "auto":
         cfg.adamw_lr = 0.006 * min(1.0, 20e6 / cfg.tokens) ** (1 / 3)
     if cfg.adamw_beta2 == "auto":
