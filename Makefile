@@ -1,22 +1,22 @@
-.PHONY: setup demo demo-images test check
+.PHONY: setup demo demo-images test lint check
 
 PYTHON ?= python3
 PY := .venv/bin/python
-# What is done already, a second call leaves alone; a changed requirements.txt is installed anew.
+# Set-up runs again only when the requirements change.
 STAMP := .venv/installed
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python {sys.version.split()[0]} is too old: 3.11 or newer is needed, name it with make PYTHON=python3.12")'
-	@echo "setting up .venv: a few minutes without a word"
+$(STAMP): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python {sys.version.split()[0]} is too old; install 3.11 or newer and pass it with make PYTHON=python3.11")'
+	@echo "setting up .venv; this takes a few minutes and prints nothing"
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 demo: setup
 	$(PY) train_llm.py --config configs/llm_demo.yaml --run demo $(if $(wildcard runs/demo),--resume)
-	$(PY) generate.py demo --prompt "def __init__(self" --max_tokens 120 --n 3 --temperature 0.5
+	$(PY) generate.py demo --prompt "def __init__(self" --max_tokens 120 --n 3 --temperature 0.8
 
 demo-images: setup
 	$(PY) train_vqvae.py --config configs/vqvae_demo.yaml --run demo-vqvae $(if $(wildcard runs/demo-vqvae),--resume)
@@ -25,7 +25,11 @@ demo-images: setup
 	$(PY) generate.py demo-images --prompt "a photo of a large red circle on a white background" --n 8
 
 test: setup
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
 
 check: setup
 	$(PY) -m tools.record check

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = 2**25  # the loss has this many logits at a time, 128 MB in fp32: large for a GPU, good on a CPU, docs/LOG.md
+CHUNK_LOGITS = (
+    2**25
+)  # the loss has this many logits at a time, 128 MB in fp32: large for a GPU, good on a CPU, docs/LOG.md
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -22,14 +24,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=h.device)
         rows = max(1, CHUNK_LOGITS // len(weight))
         for start in range(0, len(h), rows):
-            part, target = h[start:start + rows], targets[start:start + rows, None]
+            part, target = h[start : start + rows], targets[start : start + rows, None]
             log_probs = (part @ w.T).log_softmax(-1, dtype=torch.float32)  # (rows, V)
             picked = log_probs.gather(1, target)
             total -= picked.sum()
             if train:
                 grad = log_probs.exp_()  # softmax, then minus one at the target
                 grad = grad.scatter_add_(1, target, torch.full_like(picked, -1.0)).to(h.dtype)
-                grad_h[start:start + rows] = grad @ w
+                grad_h[start : start + rows] = grad @ w
                 grad_w += grad.T @ part
         ctx.save_for_backward(grad_h, grad_w)
         return total / len(h)

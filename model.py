@@ -23,6 +23,7 @@ SPELLING = 10  # affixes a token has at most
 @dataclass
 class ModelConfig:
     """Shape of the model."""
+
     vocab_size: int = 49_152
     """Rows of the embedding; at least the number of tokenizer entries, at most 65,536."""
     d_model: int = 512
@@ -49,21 +50,38 @@ class ModelConfig:
     """Cells of a picture's grid: a learned vector for each is added where its visual word is predicted; 0 for text."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "seq_len", "rope_theta"):
+        for name in (
+            "vocab_size",
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "d_ff",
+            "seq_len",
+            "rope_theta",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be positive")
         if self.d_model % (2 * self.n_heads):
-            raise ValueError(f"model.d_model {self.d_model} does not split into {self.n_heads} heads of even size: "
-                             f"choose a multiple of {2 * self.n_heads}")
+            raise ValueError(
+                f"model.d_model {self.d_model} does not split into {self.n_heads} heads of even size: "
+                f"choose a multiple of {2 * self.n_heads}"
+            )
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"model.n_heads {self.n_heads} is not divisible by model.n_kv_heads {self.n_kv_heads}")
+            raise ValueError(
+                f"model.n_heads {self.n_heads} is not divisible by model.n_kv_heads {self.n_kv_heads}"
+            )
         for name in ("affixes", "canon", "cells"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must not be negative")
         if self.canon >= self.seq_len:
-            raise ValueError(f"model.canon is {self.canon}: it must be less than model.seq_len {self.seq_len}")
+            raise ValueError(
+                f"model.canon is {self.canon}: it must be less than model.seq_len {self.seq_len}"
+            )
         if self.vocab_size > 65_536:
-            raise ValueError(f"model.vocab_size {self.vocab_size} does not fit the uint16 token files: at most 65536")
+            raise ValueError(
+                f"model.vocab_size {self.vocab_size} does not fit the uint16 token files: at most 65536"
+            )
 
     @property
     def d_head(self) -> int:
@@ -118,7 +136,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """What decoding keeps of the positions seen so far, so that it computes each once: keys, values, what Canon layers saw."""
 
-    def __init__(self, config: ModelConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_len: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         shape = (2, config.n_layers, batch, config.n_kv_heads, max_len, config.d_head)
         self.kv = torch.empty(shape, device=device, dtype=dtype)
         self.recent: dict[Canon, Tensor] = {}  # (B, canon, C) each
@@ -127,8 +152,8 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v, each (B, G, T, D), behind what `layer` holds; return all of it. `Llama` moves `length`."""
         end = self.length + k.shape[2]
-        self.kv[0, layer, :, :, self.length:end] = k
-        self.kv[1, layer, :, :, self.length:end] = v
+        self.kv[0, layer, :, :, self.length : end] = k
+        self.kv[1, layer, :, :, self.length : end] = v
         return self.kv[0, layer, :, :, :end], self.kv[1, layer, :, :, :end]
 
 
@@ -145,7 +170,9 @@ class Canon(nn.Module):
         x = F.pad(x, (0, 0, n, 0)) if past is None else torch.cat((past, x), dim=1)  # (B, n + T, C)
         if cache is not None:
             cache.recent[self] = x[:, -n:]
-        return x[:, n:] + sum(x[:, n - i:n - i + T] * w for i, w in enumerate(self.weight.to(x.dtype), start=1))
+        return x[:, n:] + sum(
+            x[:, n - i : n - i + T] * w for i, w in enumerate(self.weight.to(x.dtype), start=1)
+        )
 
 
 class Attention(nn.Module):
@@ -161,10 +188,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.d_head)
         self.k_norm = RMSNorm(config.d_head)
 
-    def forward(self, x: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None
+    ) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.v_embed_proj is not None:  # value embeddings as projections: deep layers do not lose which token it was
+        if (
+            self.v_embed_proj is not None
+        ):  # value embeddings as projections: deep layers do not lose which token it was
             v = v + self.v_embed_proj(embedded)
         q, k, v = (y.view(B, T, -1, self.d_head) for y in (q, k, v))  # (B, T, H or G, D)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
@@ -174,9 +205,15 @@ class Attention(nn.Module):
             past = cache.length
             k, v = cache.append(self.layer, k, v)  # (B, G, past + T, D)
             if past:  # is_causal would align the mask with the first key, not the last; one position sees them all
-                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if T > 1 else None
+                mask = (
+                    torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+                    if T > 1
+                    else None
+                )
                 causal = False
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
+        )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -197,11 +234,17 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.d_model)
         self.mlp = MLP(config)
-        self.attn_canon, self.mlp_canon = (Canon(config), Canon(config)) if config.canon else (None, None)
+        self.attn_canon, self.mlp_canon = (
+            (Canon(config), Canon(config)) if config.canon else (None, None)
+        )
 
-    def forward(self, x: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None
+    ) -> Tensor:
         h = self.attn_norm(x)
-        x = x + self.attn(self.attn_canon(h, cache) if self.attn_canon else h, embedded, cos, sin, cache)
+        x = x + self.attn(
+            self.attn_canon(h, cache) if self.attn_canon else h, embedded, cos, sin, cache
+        )
         h = self.mlp_norm(x)
         return x + self.mlp(self.mlp_canon(h, cache) if self.mlp_canon else h)
 
@@ -218,7 +261,9 @@ class Llama(nn.Module):
         self.cells = nn.Embedding(config.cells, config.d_model) if config.cells else None
         self.affixes = nn.Embedding(config.affixes, config.d_model) if config.affixes else None
         if config.affixes:  # which of them each token has, -1 for none: data.tokenizer.spelling
-            self.register_buffer("spelling", torch.full((config.vocab_size, SPELLING), -1, dtype=torch.int32))
+            self.register_buffer(
+                "spelling", torch.full((config.vocab_size, SPELLING), -1, dtype=torch.int32)
+            )
         cos, sin = rotary_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -233,7 +278,9 @@ class Llama(nn.Module):
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02, generator=generator)
             else:
-                raise ValueError(f"no initialization for parameter {name} of shape {tuple(p.shape)}")
+                raise ValueError(
+                    f"no initialization for parameter {name} of shape {tuple(p.shape)}"
+                )
 
     def vectors(self, tokens: Tensor | slice) -> Tensor:
         """Embeddings (..., C) of tokens or of rows of the vocabulary: own vectors plus those of affixes (arXiv 1607.04606)."""
@@ -251,7 +298,12 @@ class Llama(nn.Module):
         self.config, self.affixes, self.spelling = replace(self.config, affixes=0), None, None
         return self
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None, layout: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        layout: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """What the head reads, (B, T, C), for tokens (B, T).
 
         With a cache, `tokens` follow the positions the cache holds, and the cache takes them in. The layout of a
@@ -259,10 +311,12 @@ class Llama(nn.Module):
         -1 for none; without one, tokens stand in a row.
         """
         past, T = cache.length if cache is not None else 0, tokens.shape[1]
-        assert past + T <= self.config.seq_len, f"{past} + {T} positions, seq_len is {self.config.seq_len}"
+        assert past + T <= self.config.seq_len, (
+            f"{past} + {T} positions, seq_len is {self.config.seq_len}"
+        )
         x = self.vectors(tokens)  # (B, T, C)
         if layout is None:
-            cos, sin = self.cos[past:past + T], self.sin[past:past + T]
+            cos, sin = self.cos[past : past + T], self.sin[past : past + T]
         else:
             positions, cells = layout
             cos, sin = axial(self.cos, positions), axial(self.sin, positions)
@@ -284,7 +338,9 @@ class Llama(nn.Module):
         """Mean loss in nats per token of hidden x (B, T, C), over the given rows; targets (B, T) count from the first."""
         return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.vectors(rows), targets.flatten())
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Logits (B, T, V) in fp32 for tokens (B, T), or with targets (B, T) the mean loss in nats per token."""
         x = self.hidden(tokens, cache)
         return self.head(x) if targets is None else self.loss(x, targets)
@@ -295,13 +351,25 @@ class Llama(nn.Module):
 
     def flops_per_token(self) -> int:
         """Forward and backward FLOPs a training token: 6 a matrix weight, plus causal attention over seq_len."""
-        matrices = sum(p.numel() for name, p in self.named_parameters() if name.endswith(("embed.weight", "_proj.weight")))
+        matrices = sum(
+            p.numel()
+            for name, p in self.named_parameters()
+            if name.endswith(("embed.weight", "_proj.weight"))
+        )
         return 6 * matrices + 6 * self.config.n_layers * self.config.d_model * self.config.seq_len
 
     @torch.no_grad()
-    def generate(self, prompt: Tensor, max_tokens: int, *, generators: Sequence[torch.Generator],
-                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-                 rows: slice = slice(None)) -> Iterator[Tensor]:
+    def generate(
+        self,
+        prompt: Tensor,
+        max_tokens: int,
+        *,
+        generators: Sequence[torch.Generator],
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        rows: slice = slice(None),
+    ) -> Iterator[Tensor]:
         """Yield the tokens that follow prompt (B, T), one (B,) at a time, at most until seq_len is full.
 
         Row i draws from generators[i] alone, so a row does not depend on the rows beside it. Only the given rows of the
@@ -319,7 +387,9 @@ class Llama(nn.Module):
             yield tokens[:, 0]
 
 
-def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def sample(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
+) -> Tensor:
     """The token of each row of logits (B, V) where its cumulative probability passes uniforms (B,) in [0, 1): (B,).
 
     temperature 0 takes the likeliest; top_k > 0 keeps the k likeliest; top_p < 1 keeps the smallest set of

@@ -24,11 +24,15 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     Singular values come out in about [0.7, 1.2], in the dtype given; those below some 1e-3 of the Frobenius norm
     are still on their way to 1. A zero matrix stays zero.
     """
-    assert matrices.shape[-2] <= matrices.shape[-1], f"{tuple(matrices.shape)} is tall: give the transpose"
+    assert matrices.shape[-2] <= matrices.shape[-1], (
+        f"{tuple(matrices.shape)} is tall: give the transpose"
+    )
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in COEFFICIENTS:
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # ax + (b XX' + c (XX')^2) x
+        x = torch.baddbmm(
+            x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a
+        )  # ax + (b XX' + c (XX')^2) x
     return x
 
 
@@ -55,8 +59,15 @@ class Muon(torch.optim.Optimizer):
         compile: compile the update.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95,
-                 dtype: torch.dtype = torch.float32, compile: bool = False):
+    def __init__(
+        self,
+        params,
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+    ):
         shapes: dict[tuple, list] = {}
         for p in params:
             assert p.ndim == 2, f"Muon takes matrices, not shape {tuple(p.shape)}"
@@ -64,7 +75,9 @@ class Muon(torch.optim.Optimizer):
         groups = [{"params": batch} for batch in shapes.values()]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype
-        self.update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compile else muon_update
+        self.update = (
+            torch.compile(muon_update, dynamic=False, fullgraph=True) if compile else muon_update
+        )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -74,7 +87,9 @@ class Muon(torch.optim.Optimizer):
             state = self.state[params[0]]  # one momentum for the batch, kept with its first weight
             if not state:
                 state["momentum"] = torch.zeros_like(grads)
-            beta = torch.tensor(group["momentum"])  # a tensor, so that a new value compiles nothing anew
+            beta = torch.tensor(
+                group["momentum"]
+            )  # a tensor, so that a new value compiles nothing anew
             update = self.update(grads, state["momentum"], beta, self.dtype)
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             for p, u in zip(params, update):
@@ -82,20 +97,41 @@ class Muon(torch.optim.Optimizer):
                 p.add_(u if rows <= cols else u.mT, alpha=-lr * max(1, rows / cols) ** 0.5)
 
 
-def build_optimizers(model: nn.Module, *, muon_lr: float, muon_wd: float, adamw_lr: float, adamw_wd: float,
-                     adamw_beta2: float, dtype: torch.dtype = torch.float32, compile: bool = False) -> list:
+def build_optimizers(
+    model: nn.Module,
+    *,
+    muon_lr: float,
+    muon_wd: float,
+    adamw_lr: float,
+    adamw_wd: float,
+    adamw_beta2: float,
+    dtype: torch.dtype = torch.float32,
+    compile: bool = False,
+) -> list:
     """[Muon over the projections in model.blocks, AdamW over all others]; each group remembers its peak_lr.
 
     Affixes take 0.3 of adamw_lr: a token has some seven, which move it together (0.1, 0.3 and 1 were tried, docs/LOG.md).
     """
     groups = {"muon": [], "affixes": [], "rest": []}
     for name, p in model.named_parameters():
-        groups["muon" if name.endswith("_proj.weight") else "affixes" if name == "affixes.weight" else "rest"].append(p)
+        groups[
+            "muon"
+            if name.endswith("_proj.weight")
+            else "affixes"
+            if name == "affixes.weight"
+            else "rest"
+        ].append(p)
     optimizers = [
         Muon(groups["muon"], lr=muon_lr, weight_decay=muon_wd, dtype=dtype, compile=compile),
         # eps: with the default 1e-8 rarely seen tokens would move by less than they should (gradients are ~1e-6)
-        torch.optim.AdamW([{"params": groups["rest"]}, {"params": groups["affixes"], "lr": 0.3 * adamw_lr}], lr=adamw_lr,
-                          weight_decay=adamw_wd, betas=(0.9, adamw_beta2), eps=1e-10, fused=True),
+        torch.optim.AdamW(
+            [{"params": groups["rest"]}, {"params": groups["affixes"], "lr": 0.3 * adamw_lr}],
+            lr=adamw_lr,
+            weight_decay=adamw_wd,
+            betas=(0.9, adamw_beta2),
+            eps=1e-10,
+            fused=True,
+        ),
     ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -1,13 +1,12 @@
 """Train the language model on streamed web text and measure its validation loss.
 
-    python train_llm.py --tokens 20M                              # 88M parameters, one GPU
-    python train_llm.py --config configs/llm_demo.yaml            # minutes on a laptop, no GPU, no network
-    python train_llm.py --run NAME --resume                       # go on where NAME stopped
-    python train_llm.py --config configs/llm_small.yaml --data.source 'books/*.txt' --data.val_fraction 0.2
+python train_llm.py --tokens 20M                              # 88M parameters, one GPU
+python train_llm.py --config configs/llm_demo.yaml            # minutes on a laptop, no GPU, no network
+python train_llm.py --run NAME --resume                       # go on where NAME stopped
+python train_llm.py --config configs/llm_small.yaml --data.source 'books/*.txt' --data.val_fraction 0.2
 """
 
 import hashlib
-import inspect
 import json
 import math
 import time
@@ -17,13 +16,33 @@ from typing import Literal
 
 import torch
 
-from common import (Clock, Count, Interrupt, RunConfig, UserError, check_not_negative, check_positive, check_run, check_shares,
-                    checkpoints, device_name, load_checkpoint, fitting_sequences, milestones, open_run, ramp, resolve_device,
-                    run_script, save_checkpoint, stop, trapezoid)
+from common import (
+    Clock,
+    Count,
+    Interrupt,
+    RunConfig,
+    UserError,
+    check_not_negative,
+    check_positive,
+    check_run,
+    check_shares,
+    checkpoints,
+    device_name,
+    fitting_sequences,
+    load_checkpoint,
+    milestones,
+    open_run,
+    ramp,
+    resolve_device,
+    run_script,
+    save_checkpoint,
+    stop,
+    trapezoid,
+)
 from data.text import DataConfig, Tokens, batches, digest, eval_windows, prepare
 from data.tokenizer import load_tokenizer, spelling
 from generate import write_samples
-from metrics import Metrics, evaluated, read_metrics
+from metrics import Metrics, ast_sha256, evaluated, read_metrics
 from model import Llama, ModelConfig
 from muon import build_optimizers
 
@@ -31,6 +50,7 @@ from muon import build_optimizers
 @dataclass
 class Config(RunConfig):
     """Settings of a run. `auto` is filled in and printed at the start."""
+
     tokens: Count = Count("8M")
     """Budget: tokens to train on. The benchmarks are 8M, 20M, 100M and 1B."""
     batch_tokens: Count | Literal["auto"] = "auto"
@@ -61,13 +81,16 @@ class Config(RunConfig):
     """Largest norm of the gradient; 0 leaves it as it is."""
     eval_tokens: Count = Count("1M")
     """Validation tokens scored by an evaluation, spread evenly over those prepared."""
-    sample_prompts: list[str] = field(default_factory=lambda: ["The reason why the sky is blue is", "Once upon a time"])
+    sample_prompts: list[str] = field(
+        default_factory=lambda: ["The reason why the sky is blue is", "Once upon a time"]
+    )
     """Prompts continued at every evaluation."""
     sample_tokens: int = 64
     """Length of those continuations."""
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(
-        n_layers=21, affixes=1024, value_shortcut=True, canon=3))
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(n_layers=21, affixes=1024, value_shortcut=True, canon=3)
+    )
 
 
 def resolve_recipe(cfg: Config) -> int:
@@ -80,11 +103,15 @@ def resolve_recipe(cfg: Config) -> int:
         cfg.batch_tokens = cfg.model.seq_len * 2 ** max(0, round(math.log2(sequences)))
     check_positive(cfg, "batch_tokens")
     if cfg.batch_tokens % cfg.model.seq_len:
-        raise UserError(f"--batch_tokens {cfg.batch_tokens} is not divisible by --model.seq_len {cfg.model.seq_len}: "
-                        f"set it to {(cfg.batch_tokens // cfg.model.seq_len + 1) * cfg.model.seq_len}")
+        raise UserError(
+            f"--batch_tokens {cfg.batch_tokens} is not divisible by --model.seq_len {cfg.model.seq_len}: "
+            f"set it to {(cfg.batch_tokens // cfg.model.seq_len + 1) * cfg.model.seq_len}"
+        )
     steps = cfg.tokens // cfg.batch_tokens
     if steps < 1:
-        raise UserError(f"--tokens {cfg.tokens} is less than one step of --batch_tokens {cfg.batch_tokens}")
+        raise UserError(
+            f"--tokens {cfg.tokens} is less than one step of --batch_tokens {cfg.batch_tokens}"
+        )
     if cfg.muon_lr == "auto":
         cfg.muon_lr = 0.015 * min(1.0, 20e6 / cfg.tokens) ** (1 / 6)
     if cfg.muon_wd == "auto":
@@ -99,7 +126,9 @@ def resolve_recipe(cfg: Config) -> int:
         cfg.log_every = max(1, steps // 50)
     check_positive(cfg, "muon_lr", "adamw_lr", "log_every", "sample_tokens")
     check_not_negative(cfg, "seed", "muon_wd", "adamw_wd", "grad_clip")
-    check_shares(cfg, "warmup_frac", "cooldown_frac", "lr_floor", "eval_every", "save_every", "adamw_beta2")
+    check_shares(
+        cfg, "warmup_frac", "cooldown_frac", "lr_floor", "eval_every", "save_every", "adamw_beta2"
+    )
     return steps
 
 
@@ -108,11 +137,15 @@ def resolve_micro_batch(cfg: Config, device: torch.device) -> None:
     sequences = cfg.batch_tokens // cfg.model.seq_len
     if cfg.micro_batch == "auto":
         fits = max(1, fitting_sequences(cfg, device))
-        cfg.micro_batch = max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= fits)
+        cfg.micro_batch = max(
+            n for n in range(1, sequences + 1) if sequences % n == 0 and n <= fits
+        )
     check_positive(cfg, "micro_batch")
     if sequences % cfg.micro_batch:
-        raise UserError(f"--micro_batch {cfg.micro_batch} does not divide the {sequences} sequences of a step "
-                        f"(batch_tokens {cfg.batch_tokens} / seq_len {cfg.model.seq_len})")
+        raise UserError(
+            f"--micro_batch {cfg.micro_batch} does not divide the {sequences} sequences of a step "
+            f"(batch_tokens {cfg.batch_tokens} / seq_len {cfg.model.seq_len})"
+        )
 
 
 def backward(model, windows: torch.Tensor, micro_batch: int) -> torch.Tensor:
@@ -147,8 +180,8 @@ def evaluate(model, windows: torch.Tensor, micro_batch: int, device: torch.devic
 
 
 def evaluation_sha256() -> str:
-    """Of the code that scores: losses compare only where it is the same."""
-    return hashlib.sha256(inspect.getsource(evaluate).encode()).hexdigest()
+    """sha256 of the syntax tree of `evaluate`: losses compare only between runs that share it."""
+    return ast_sha256(evaluate)
 
 
 def main(cfg: Config) -> dict:
@@ -166,8 +199,10 @@ def main(cfg: Config) -> dict:
     # ---- data
     tokenizer = load_tokenizer(cfg.data)
     if len(tokenizer) > cfg.model.vocab_size:
-        raise UserError(f"tokenizer {cfg.data.tokenizer} has {len(tokenizer)} entries, --model.vocab_size is "
-                        f"{cfg.model.vocab_size}: set it to {len(tokenizer)} or more")
+        raise UserError(
+            f"tokenizer {cfg.data.tokenizer} has {len(tokenizer)} entries, --model.vocab_size is "
+            f"{cfg.model.vocab_size}: set it to {len(tokenizer)} or more"
+        )
     val = Tokens(prepare(cfg.data, "val", cfg.data.val_tokens, tokenizer))
     val_windows = eval_windows(val, seq_len, cfg.eval_tokens // seq_len)
     # the last input has a target too; the whole budget whatever the batch, so that its sha256 is that of the data alone
@@ -175,8 +210,10 @@ def main(cfg: Config) -> dict:
     n_windows = min((len(train) - 1) // seq_len, steps * batch)
     passes = steps * batch / max(1, n_windows)
     if n_windows < 1 or passes > 1 and not cfg.allow_repeat:
-        raise UserError(f"--tokens {cfg.tokens}: the data source holds only {len(train)} tokens; lower the budget to "
-                        f"{n_windows * seq_len}, give more data, or set --allow_repeat for {passes:.1f} passes")
+        raise UserError(
+            f"--tokens {cfg.tokens}: the data source holds only {len(train)} tokens; lower the budget to "
+            f"{n_windows * seq_len}, give more data, or set --allow_repeat for {passes:.1f} passes"
+        )
     open_run(cfg, run)
     tokenizer.save_pretrained(run / "tokenizer")
 
@@ -184,14 +221,21 @@ def main(cfg: Config) -> dict:
     model = Llama(cfg.model, compute_dtype=getattr(torch, cfg.dtype))
     model.init_weights(torch.Generator().manual_seed(cfg.seed))
     if cfg.model.affixes:
-        model.spelling[:len(tokenizer)] = spelling(tokenizer, cfg.model.affixes)
+        model.spelling[: len(tokenizer)] = spelling(tokenizer, cfg.model.affixes)
     model.to(device)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
 
     # ---- optimizers
     muon, adamw = optimizers = build_optimizers(
-        model, muon_lr=cfg.muon_lr, muon_wd=cfg.muon_wd, adamw_lr=cfg.adamw_lr, adamw_wd=cfg.adamw_wd,
-        adamw_beta2=cfg.adamw_beta2, dtype=model.compute_dtype, compile=cfg.compile)
+        model,
+        muon_lr=cfg.muon_lr,
+        muon_wd=cfg.muon_wd,
+        adamw_lr=cfg.adamw_lr,
+        adamw_wd=cfg.adamw_wd,
+        adamw_beta2=cfg.adamw_beta2,
+        dtype=model.compute_dtype,
+        compile=cfg.compile,
+    )
 
     # ---- resume
     state = {"step": 0, "train_seconds": 0.0}
@@ -199,34 +243,58 @@ def main(cfg: Config) -> dict:
         state = load_checkpoint(saved[-1], model, optimizers)
     first, clock = state["step"], Clock(device, state["train_seconds"])
     matrices = sum(p.numel() for group in muon.param_groups for p in group["params"])
-    print(f"run {run}, {f'resumed at step {first}' if first else 'from scratch'}\n"
-          f"device {device_name(device)}, {cfg.dtype}, {'compiled' if cfg.compile else 'not compiled'}\n"
-          f"model {model.n_params():,} parameters, {matrices:,} with Muon, the others with AdamW\n"
-          f"data {len(train):,} tokens, {passes:.2f} passes; validation on {val_windows[:, 1:].numel():,} of {len(val):,}\n"
-          f"steps {steps} of {cfg.batch_tokens:,} tokens: {batch} sequences of {seq_len}, {cfg.micro_batch} at a time\n"
-          f"recipe muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, adamw_lr {cfg.adamw_lr:.4g}, "
-          f"adamw_beta2 {cfg.adamw_beta2:.5g}", flush=True)
+    print(
+        f"run {run}, {f'resumed at step {first}' if first else 'from scratch'}\n"
+        f"device {device_name(device)}, {cfg.dtype}, {'compiled' if cfg.compile else 'not compiled'}\n"
+        f"model {model.n_params():,} parameters, {matrices:,} with Muon, the others with AdamW\n"
+        f"data {len(train):,} tokens, {passes:.2f} passes; validation on {val_windows[:, 1:].numel():,} of {len(val):,}\n"
+        f"steps {steps} of {cfg.batch_tokens:,} tokens: {batch} sequences of {seq_len}, {cfg.micro_batch} at a time\n"
+        f"recipe muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, adamw_lr {cfg.adamw_lr:.4g}, "
+        f"adamw_beta2 {cfg.adamw_beta2:.5g}",
+        flush=True,
+    )
     if device.type == "cpu":
         # training reaches some 0.6 of the speed of plain matrix products, docs/LOG.md
-        hours = (steps - first) * cfg.batch_tokens * model.flops_per_token() / (0.6 * matmul_flops(device)) / 3600
+        hours = (
+            (steps - first)
+            * cfg.batch_tokens
+            * model.flops_per_token()
+            / (0.6 * matmul_flops(device))
+            / 3600
+        )
         if hours > 0.5:
-            print(f"no GPU: about {hours:.1f} hours here; --config configs/llm_demo.yaml takes minutes", flush=True)
+            print(
+                f"no GPU: about {hours:.1f} hours here; --config configs/llm_demo.yaml takes minutes",
+                flush=True,
+            )
 
     # ---- warm-up
     if cfg.compile:
         before = deepcopy([model.state_dict(), *(o.state_dict() for o in optimizers)])
         for _ in range(2):
-            backward(forward, torch.zeros(cfg.micro_batch, seq_len + 1, dtype=torch.long, device=device), cfg.micro_batch)
+            backward(
+                forward,
+                torch.zeros(cfg.micro_batch, seq_len + 1, dtype=torch.long, device=device),
+                cfg.micro_batch,
+            )
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        evaluate(forward, val_windows[:cfg.micro_batch], cfg.micro_batch, device)
+        evaluate(forward, val_windows[: cfg.micro_batch], cfg.micro_batch, device)
         for part, state_dict in zip([model, *optimizers], before):
             part.load_state_dict(state_dict)
 
     # ---- loop
-    metrics = Metrics(run, cfg, first, steps, clock=clock, unit="tokens", per_step=cfg.batch_tokens,
-                      flops=cfg.batch_tokens * model.flops_per_token())
+    metrics = Metrics(
+        run,
+        cfg,
+        first,
+        steps,
+        clock=clock,
+        unit="tokens",
+        per_step=cfg.batch_tokens,
+        flops=cfg.batch_tokens * model.flops_per_token(),
+    )
 
     def evaluate_now(step: int) -> None:
         loss = evaluate(forward, val_windows, cfg.micro_batch, device)
@@ -235,15 +303,28 @@ def main(cfg: Config) -> dict:
         metrics.line(f"val {step}/{steps} | loss {loss:.4f} | bpb {bpb:.4f}")
         if cfg.sample_prompts:
             samples = run / "samples" / f"{step:07d}.txt"
-            write_samples(samples, model, tokenizer, cfg.sample_prompts, cfg.sample_tokens, cfg.seed)
+            write_samples(
+                samples, model, tokenizer, cfg.sample_prompts, cfg.sample_tokens, cfg.seed
+            )
 
     evals, saves = milestones(steps, cfg.eval_every), milestones(steps, cfg.save_every)
     if first in evals and not evaluated(run, first):
         evaluate_now(first)
     with Interrupt() as interrupt:
         clock.start()
-        for step, windows in enumerate(batches(train, first, steps, batch=batch, seq_len=seq_len, n_windows=n_windows,
-                                               seed=cfg.seed, device=device), start=first + 1):
+        for step, windows in enumerate(
+            batches(
+                train,
+                first,
+                steps,
+                batch=batch,
+                seq_len=seq_len,
+                n_windows=n_windows,
+                seed=cfg.seed,
+                device=device,
+            ),
+            start=first + 1,
+        ):
             factor = trapezoid(step / steps, cfg.warmup_frac, cfg.cooldown_frac, cfg.lr_floor)
             for group in (*muon.param_groups, *adamw.param_groups):
                 group["lr"] = group["peak_lr"] * factor
@@ -255,8 +336,10 @@ def main(cfg: Config) -> dict:
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
             loss, norm = torch.stack([loss, norm]).tolist()
             if not math.isfinite(loss + norm):
-                raise UserError(f"loss {loss}, gradient norm {norm} at step {step}: stopped before the weights changed; "
-                                f"the last checkpoint is {[None, *checkpoints(run)][-1]}; try a lower --muon_lr")
+                raise UserError(
+                    f"loss {loss}, gradient norm {norm} at step {step}: stopped before the weights changed; "
+                    f"the last checkpoint is {[None, *checkpoints(run)][-1]}; try a lower --muon_lr"
+                )
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -269,20 +352,32 @@ def main(cfg: Config) -> dict:
             if log:
                 metrics.log(step, loss, cfg.muon_lr * factor, norm)
             if save:
-                save_checkpoint(run, model, optimizers, {"step": step, "train_seconds": clock.seconds})
+                save_checkpoint(
+                    run, model, optimizers, {"step": step, "train_seconds": clock.seconds}
+                )
             if interrupt.code:
                 metrics.close()
-                stop(f"stopped at step {step}, saved; go on with --run {cfg.run} --resume", interrupt.code)
+                stop(
+                    f"stopped at step {step}, saved; go on with --run {cfg.run} --resume",
+                    interrupt.code,
+                )
             if step in evals:
                 evaluate_now(step)
             clock.start()
 
     # ---- summary
     last = next(row for row in reversed(read_metrics(run)) if "val_loss" in row)
-    return metrics.finish(model, steps * cfg.batch_tokens, val_loss=last["val_loss"], val_bpb=last["val_bpb"],
-                          val_tokens=val_windows[:, 1:].numel(), val_sha256=hashlib.sha256(val_windows.numpy()).hexdigest(),
-                          train_sha256=train.sha256, tokenizer_sha256=digest(tokenizer.backend_tokenizer.to_str()),
-                          evaluation_sha256=evaluation_sha256())
+    return metrics.finish(
+        model,
+        steps * cfg.batch_tokens,
+        val_loss=last["val_loss"],
+        val_bpb=last["val_bpb"],
+        val_tokens=val_windows[:, 1:].numel(),
+        val_sha256=hashlib.sha256(val_windows.numpy()).hexdigest(),
+        train_sha256=train.sha256,
+        tokenizer_sha256=digest(tokenizer.backend_tokenizer.to_str()),
+        evaluation_sha256=evaluation_sha256(),
+    )
 
 
 if __name__ == "__main__":

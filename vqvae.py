@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-COLOUR_SCALE = 4.0  # of the colour dimensions in the code, so that the nearest code is near in colour first
+COLOUR_SCALE = (
+    4.0  # of the colour dimensions in the code, so that the nearest code is near in colour first
+)
 VARIANCE = 0.25  # of pixels in [-1, 1]: the reconstruction loss is 1 for a picture's mean colour
 
 
 @dataclass
 class VQVAEConfig:
     """Shape of the visual tokenizer."""
+
     image_size: int = 128
     """Side of a picture in pixels."""
     downsample: int = 4
@@ -38,18 +41,34 @@ class VQVAEConfig:
     exact than 3 and easier to predict."""
 
     def __post_init__(self):
-        for name in ("image_size", "downsample", "codebook_size", "code_dim", "width", "n_blocks", "encoder_kernel"):
+        for name in (
+            "image_size",
+            "downsample",
+            "codebook_size",
+            "code_dim",
+            "width",
+            "n_blocks",
+            "encoder_kernel",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be positive")
         if self.image_size % self.downsample:
-            raise ValueError(f"model.image_size {self.image_size} is not divisible by model.downsample {self.downsample}: "
-                             f"set it to {self.image_size // self.downsample * self.downsample or self.downsample}")
+            raise ValueError(
+                f"model.image_size {self.image_size} is not divisible by model.downsample {self.downsample}: "
+                f"set it to {self.image_size // self.downsample * self.downsample or self.downsample}"
+            )
         if self.code_dim < 3:
-            raise ValueError(f"model.code_dim is {self.code_dim}: three dimensions carry the colour, give 3 or more")
+            raise ValueError(
+                f"model.code_dim is {self.code_dim}: three dimensions carry the colour, give 3 or more"
+            )
         if self.codebook_size > 65_535:
-            raise ValueError(f"model.codebook_size {self.codebook_size} does not fit the uint16 caches: at most 65535")
+            raise ValueError(
+                f"model.codebook_size {self.codebook_size} does not fit the uint16 caches: at most 65535"
+            )
         if self.encoder_kernel % 2 == 0:
-            raise ValueError(f"model.encoder_kernel {self.encoder_kernel} has no middle: give an odd number")
+            raise ValueError(
+                f"model.encoder_kernel {self.encoder_kernel} has no middle: give an odd number"
+            )
 
     @property
     def grid(self) -> int:
@@ -73,7 +92,9 @@ class Quantizer(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Indices (N,) of the nearest codes of vectors (N, D). By differences: TF32 products would miss the nearest."""
-        distances = torch.cdist(vectors.float(), self.codes, compute_mode="donot_use_mm_for_euclid_dist")  # (N, K)
+        distances = torch.cdist(
+            vectors.float(), self.codes, compute_mode="donot_use_mm_for_euclid_dist"
+        )  # (N, K)
         return distances.argmin(1)
 
     def totals(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +103,9 @@ class Quantizer(nn.Module):
         return counts, torch.zeros_like(self.sums).index_add_(0, indices, vectors.float())
 
     @torch.no_grad()
-    def start(self, vectors: Tensor, generator: torch.Generator, per_step: int, rounds: int = 10) -> None:
+    def start(
+        self, vectors: Tensor, generator: torch.Generator, per_step: int, rounds: int = 10
+    ) -> None:
         """Make the codes the k-means of vectors (N, D), N >= K: k-means++ seeds, then Lloyd's algorithm.
 
         The counts become those that per_step such vectors a step would lead to.
@@ -95,11 +118,15 @@ class Quantizer(nn.Module):
         for i in range(len(self.codes)):
             self.codes[i] = vectors[pick]
             nearest = torch.minimum(nearest, (vectors - vectors[pick]).square().sum(1))
-            mass = nearest.double().cumsum(0)  # the next seed: in proportion to the squared distance from those there are
+            mass = nearest.double().cumsum(
+                0
+            )  # the next seed: in proportion to the squared distance from those there are
             pick = min(n - 1, int(torch.searchsorted(mass, draws[i] * mass[-1])))
         for _ in range(rounds):
             counts, sums = self.totals(vectors, self(vectors))
-            self.codes.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], self.codes))
+            self.codes.copy_(
+                torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], self.codes)
+            )
         self.counts.copy_(counts.clamp(min=1) * per_step / n)
         self.sums.copy_(self.codes * self.counts[:, None])
 
@@ -171,10 +198,20 @@ class VQVAE(nn.Module):
         pixels, width = 3 * config.downsample**2, config.width
         blocks = lambda kernel: [Block(width, kernel) for _ in range(config.n_blocks)]  # noqa: E731
         near = config.encoder_kernel
-        self.encoder = nn.Sequential(Conv(pixels, width, near), *blocks(near), CellNorm(width), Conv(width, config.code_dim, 1))
+        self.encoder = nn.Sequential(
+            Conv(pixels, width, near),
+            *blocks(near),
+            CellNorm(width),
+            Conv(width, config.code_dim, 1),
+        )
         self.quantizer = Quantizer(config.codebook_size, config.code_dim)
-        self.decoder = nn.Sequential(Conv(config.code_dim, width, 3), *blocks(3), CellNorm(width), Conv(width, pixels, 3))
-        for last in (self.encoder[-1], self.decoder[-1]):  # what the colours miss is learned, from nothing
+        self.decoder = nn.Sequential(
+            Conv(config.code_dim, width, 3), *blocks(3), CellNorm(width), Conv(width, pixels, 3)
+        )
+        for last in (
+            self.encoder[-1],
+            self.decoder[-1],
+        ):  # what the colours miss is learned, from nothing
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
@@ -183,13 +220,17 @@ class VQVAE(nn.Module):
         side = self.config.downsample
         x = F.pixel_unshuffle(pictures.to(self.compute_dtype), side)  # (B, 3 side^2, h, h)
         z = self.encoder(x).float()
-        colours = F.interpolate(pictures.float(), scale_factor=1 / side, mode="bilinear")  # (B, 3, h, h)
+        colours = F.interpolate(
+            pictures.float(), scale_factor=1 / side, mode="bilinear"
+        )  # (B, 3, h, h)
         return z + F.pad(COLOUR_SCALE * colours, (0, 0, 0, 0, 0, z.shape[1] - 3))
 
     def render(self, z: Tensor) -> Tensor:
         """Pictures (B, 3, S, S) in fp32, not clipped, from quantized features (B, D, h, h)."""
         side = self.config.downsample
-        detail = F.pixel_shuffle(self.decoder(z.to(self.compute_dtype)), side).float()  # (B, 3, S, S)
+        detail = F.pixel_shuffle(
+            self.decoder(z.to(self.compute_dtype)), side
+        ).float()  # (B, 3, S, S)
         return detail + F.interpolate(z[:, :3] / COLOUR_SCALE, scale_factor=side, mode="bilinear")
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

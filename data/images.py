@@ -26,19 +26,49 @@ from data import shapes
 from data.order import batch_indices
 from data.text import NO_NETWORK, digest, file_sha256, in_validation, reason, revisions
 
-OFFLINE = NO_NETWORK.replace("'folder/*.parquet'", "FOLDER or 'folder/*.parquet'").replace("llm_demo", "vqvae_demo")
+OFFLINE = NO_NETWORK.replace("'folder/*.parquet'", "FOLDER or 'folder/*.parquet'").replace(
+    "llm_demo", "vqvae_demo"
+)
 SHAPES = {"train": 1_000_000, "val": 10_000}  # drawn scenes that count as one pass
-TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}", "a photograph of {}", "a small photo of {}", "{}",
-             "a snapshot of {}", "this is {}", "here is {}", "a low-resolution photo of {}", "a thumbnail of {}",
-             "a blurry photo of {}", "a color photo of {}", "a close-up of {}", "a tiny picture of {}", "draw {}",
-             "show me {}", "a picture that shows {}", "there is {} in this picture", "one can see {}", "look, {}")
-SYNONYMS = {"airplane": ("plane", "aeroplane"), "automobile": ("car",), "ship": ("boat",), "truck": ("lorry",),
-            "deer": ("stag",), "dog": ("hound",), "frog": ("toad",), "horse": ("pony",)}
+TEMPLATES = (
+    "a photo of {}",
+    "a picture of {}",
+    "an image of {}",
+    "a photograph of {}",
+    "a small photo of {}",
+    "{}",
+    "a snapshot of {}",
+    "this is {}",
+    "here is {}",
+    "a low-resolution photo of {}",
+    "a thumbnail of {}",
+    "a blurry photo of {}",
+    "a color photo of {}",
+    "a close-up of {}",
+    "a tiny picture of {}",
+    "draw {}",
+    "show me {}",
+    "a picture that shows {}",
+    "there is {} in this picture",
+    "one can see {}",
+    "look, {}",
+)
+SYNONYMS = {
+    "airplane": ("plane", "aeroplane"),
+    "automobile": ("car",),
+    "ship": ("boat",),
+    "truck": ("lorry",),
+    "deer": ("stag",),
+    "dog": ("hound",),
+    "frog": ("toad",),
+    "horse": ("pony",),
+}
 
 
 @dataclass
 class ImageConfig:
     """Pictures and captions."""
+
     source: str = "uoft-cs/cifar10"
     """Where pictures come from: a hub dataset NAME or NAME:CONFIG, a folder (of parquet files, or in the imagefolder
     layout of `datasets`), a path or glob of .parquet files, or `shapes`, drawn by rule without end."""
@@ -62,7 +92,11 @@ def open_source(source: str) -> datasets.DatasetDict:
     """The splits of a source. Raises UserError."""
     path = Path(source).expanduser()
     files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else sorted(glob(str(path)))
-    if not path.is_dir() and not files and (path.suffix or path.is_absolute() or source[:1] in ("", ".", "~")):
+    if (
+        not path.is_dir()
+        and not files
+        and (path.suffix or path.is_absolute() or source[:1] in ("", ".", "~"))
+    ):
         raise UserError(f"data source {source}: there is no such folder or .parquet file")
     if files and {Path(file).suffix for file in files} != {".parquet"}:
         raise UserError(f"data source {source}: give .parquet files, or a folder of pictures")
@@ -73,7 +107,9 @@ def open_source(source: str) -> datasets.DatasetDict:
         if path.is_dir():
             return datasets.load_dataset("imagefolder", data_dir=str(path))
         name, _, config = source.partition(":")
-        revision = revisions({"files": {name: []}})[name]  # fails at once where load_dataset would retry for minutes
+        revision = revisions({"files": {name: []}})[
+            name
+        ]  # fails at once where load_dataset would retry for minutes
         return datasets.load_dataset(name, config or None, revision=revision)
     except UserError:
         raise
@@ -97,12 +133,22 @@ def choose_split(cfg: ImageConfig, split: str) -> tuple[str, datasets.Dataset, f
 def columns(source: str, rows: datasets.Dataset) -> tuple[str, str | None, list[str] | None]:
     """Names of the picture and the caption column, and the class names if captions are labels. Raises UserError."""
     kinds = rows.features
-    picture = next((name for name, kind in kinds.items() if isinstance(kind, datasets.Image)
-                    or isinstance(kind, dict) and kind.keys() == {"bytes", "path"}), None)
+    picture = next(
+        (
+            name
+            for name, kind in kinds.items()
+            if isinstance(kind, datasets.Image)
+            or isinstance(kind, dict)
+            and kind.keys() == {"bytes", "path"}
+        ),
+        None,
+    )
     if picture is None:
         raise UserError(f"data source {source} has no column of pictures but {', '.join(kinds)}")
     text = next((name for name in ("text", "caption") if name in kinds), None)
-    label = next((name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)), None)
+    label = next(
+        (name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)), None
+    )
     return picture, text or label, None if text or label is None else kinds[label].names
 
 
@@ -113,10 +159,23 @@ def prepare(cfg: ImageConfig, split: str, size: int) -> Path:
     All are kept at the side of the first. Written under a temporary name, so never half there. Raises UserError.
     """
     names = {"source": cfg.source, "val_source": cfg.val_source}
-    paths = [path for name in names.values() if name for path in (Path(name).expanduser(), *map(Path, glob(name)))]
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.*")))]
+    paths = [
+        path
+        for name in names.values()
+        if name
+        for path in (Path(name).expanduser(), *map(Path, glob(name)))
+    ]
+    files = [
+        file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.*")))
+    ]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    wanted = {**names, "files": stats, "split": split, "val_fraction": cfg.val_fraction, "size": size}
+    wanted = {
+        **names,
+        "files": stats,
+        "split": split,
+        "val_fraction": cfg.val_fraction,
+        "size": size,
+    }
     folder = Path(cfg.cache) / "pictures" / f"{split}-{digest(wanted)}"
     if folder.is_dir():
         return folder
@@ -128,25 +187,39 @@ def prepare(cfg: ImageConfig, split: str, size: int) -> Path:
     tmp.mkdir(parents=True)
     side, captions = None, []
     with (tmp / "pictures.bin").open("wb") as out:
-        for i, row in enumerate(tqdm(rows, desc=f"decoding {split}", disable=not sys.stderr.isatty())):
+        for i, row in enumerate(
+            tqdm(rows, desc=f"decoding {split}", disable=not sys.stderr.isatty())
+        ):
             try:
                 picture = datasets.Image().decode_example(row[picture_column]).convert("RGB")
             except Exception as error:  # PIL raises dozens of kinds
                 name = (row[picture_column] or {}).get("path") or f"number {i}"
-                raise UserError(f"picture {name} of {source} cannot be read: {reason(error)}; mend or remove it") from error
+                raise UserError(
+                    f"picture {name} of {source} cannot be read: {reason(error)}; mend or remove it"
+                ) from error
             side = side or min(*picture.size, size)
             pixels = np.asarray(square(picture, side))
             if fraction and in_validation({"": pixels.ravel()}, fraction) != (split == "val"):
                 continue
             caption = row[caption_column] if caption_column else None
             if caption_column and (caption is None or caption == -1 or not str(caption).strip()):
-                raise UserError(f"picture number {i} of {source} has nothing in column {caption_column!r}")
+                raise UserError(
+                    f"picture number {i} of {source} has nothing in column {caption_column!r}"
+                )
             captions.append(caption)
             out.write(pixels.tobytes())
     if not captions:
-        raise UserError(f"data source {source} has no pictures for {split}: give more, or another --data.val_fraction")
-    manifest = {"request": wanted, "count": len(captions), "side": side, "classes": classes,
-                "sha256": file_sha256(tmp / "pictures.bin"), "captions": captions if caption_column else None}
+        raise UserError(
+            f"data source {source} has no pictures for {split}: give more, or another --data.val_fraction"
+        )
+    manifest = {
+        "request": wanted,
+        "count": len(captions),
+        "side": side,
+        "classes": classes,
+        "sha256": file_sha256(tmp / "pictures.bin"),
+        "captions": captions if caption_column else None,
+    }
     write_text(tmp / "manifest.json", json.dumps(manifest))
     tmp.rename(folder)
     return folder
@@ -156,7 +229,11 @@ def square(picture: Image.Image, side: int) -> Image.Image:
     """The middle square of a picture at side x side pixels."""
     (w, h), edge = picture.size, min(picture.size)
     box = ((w - edge) / 2, (h - edge) / 2, (w + edge) / 2, (h + edge) / 2)
-    return picture if picture.size == (side, side) else picture.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    return (
+        picture
+        if picture.size == (side, side)
+        else picture.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    )
 
 
 class Pictures:
@@ -166,11 +243,21 @@ class Pictures:
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
             shape = (manifest["count"], 3, manifest["side"], manifest["side"])
-            raw = np.memmap(folder / "pictures.bin", np.uint8, mode="r", shape=(shape[0], *shape[2:], 3))
+            raw = np.memmap(
+                folder / "pictures.bin", np.uint8, mode="r", shape=(shape[0], *shape[2:], 3)
+            )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder} is damaged: delete it to prepare it again") from error
-        self.raw, self.side, self.classes, self.captions = raw, manifest["side"], manifest["classes"], manifest["captions"]
-        self.id, self.labels = manifest["sha256"], np.array(manifest["captions"]) if manifest["classes"] else None
+        self.raw, self.side, self.classes, self.captions = (
+            raw,
+            manifest["side"],
+            manifest["classes"],
+            manifest["captions"],
+        )
+        self.id, self.labels = (
+            manifest["sha256"],
+            np.array(manifest["captions"]) if manifest["classes"] else None,
+        )
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -182,20 +269,26 @@ class Pictures:
     def augmented(self, index: int, draw: int) -> np.ndarray:
         """The picture shifted by up to an eighth with its edges mirrored, perhaps flipped, perhaps of other brightness."""
         rng, pixels = np.random.default_rng((index, draw)), self.pixels(index)
-        ys, xs = (reflected(np.arange(self.side) + shift, self.side)
-                  for shift in rng.integers(-(self.side // 8), self.side // 8 + 1, size=2))
+        ys, xs = (
+            reflected(np.arange(self.side) + shift, self.side)
+            for shift in rng.integers(-(self.side // 8), self.side // 8 + 1, size=2)
+        )
         if self.classes and rng.random() < 0.5:  # a caption might say left or right
             xs = xs[::-1]
         pixels = pixels[:, ys[:, None], xs]
         if rng.random() < 0.3:
             contrast, brightness = rng.uniform(0.9, 1.1), rng.uniform(-12, 12)
-            pixels = np.clip((pixels - 127.5) * contrast + 127.5 + brightness, 0, 255).astype(np.uint8)
+            pixels = np.clip((pixels - 127.5) * contrast + 127.5 + brightness, 0, 255).astype(
+                np.uint8
+            )
         return pixels
 
     def caption(self, index: int, draw: int) -> str:
         """What is said of the picture in pass `draw`."""
         if self.classes:
-            return label_caption(self.classes[self.labels[index]], np.random.default_rng((index, draw, 1)))
+            return label_caption(
+                self.classes[self.labels[index]], np.random.default_rng((index, draw, 1))
+            )
         return self.captions[index]
 
 
@@ -237,38 +330,58 @@ class Shapes:
         return shapes.scene(self.seed, index).caption
 
 
-def load_pictures(cfg: ImageConfig, split: str, size: int, captions: bool = False) -> Pictures | Shapes:
+def load_pictures(
+    cfg: ImageConfig, split: str, size: int, captions: bool = False
+) -> Pictures | Shapes:
     """The pictures of "train" or "val", prepared if need be. Raises UserError, with `captions` also where there are none."""
     if (cfg.val_source if split == "val" and cfg.val_source else cfg.source) == "shapes":
         return Shapes(split, size)
     found = Pictures(prepare(cfg, split, size))
     if captions and found.captions is None:
-        raise UserError(f"data source {cfg.source} has neither labels with names nor a column `text`: captions are needed")
+        raise UserError(
+            f"data source {cfg.source} has neither labels with names nor a column `text`: captions are needed"
+        )
     return found
 
 
 # --------------------------------------------------------------------------------------------------------- batches
-def load_pixels(data: Pictures | Shapes, indices: Sequence[int], draws: Sequence[int] | None) -> Tensor:
+def load_pixels(
+    data: Pictures | Shapes, indices: Sequence[int], draws: Sequence[int] | None
+) -> Tensor:
     """Pictures (B, 3, s, s) uint8 as they are stored, augmented for their pass unless draws is None."""
     plain = draws is None or isinstance(data, Shapes)
-    return torch.from_numpy(np.stack([data.pixels(i) if plain else data.augmented(i, d)
-                                      for i, d in zip(indices, draws or indices)]))
+    return torch.from_numpy(
+        np.stack(
+            [
+                data.pixels(i) if plain else data.augmented(i, d)
+                for i, d in zip(indices, draws or indices)
+            ]
+        )
+    )
 
 
 def scaled(pixels: Tensor, size: int, device: torch.device) -> Tensor:
     """Pixels (B, 3, s, s) uint8 as pictures (B, 3, size, size) in [-1, 1] on the device."""
     pictures = pixels.to(device).float() / 127.5 - 1
-    return pictures if pixels.shape[-1] == size else F.interpolate(pictures, size=(size, size), mode="bilinear")
+    return (
+        pictures
+        if pixels.shape[-1] == size
+        else F.interpolate(pictures, size=(size, size), mode="bilinear")
+    )
 
 
-def plain_pictures(data: Pictures | Shapes, indices: Sequence[int], size: int, device: torch.device) -> Tensor:
+def plain_pictures(
+    data: Pictures | Shapes, indices: Sequence[int], size: int, device: torch.device
+) -> Tensor:
     """Pictures (B, 3, size, size) in [-1, 1] on the device, as they are."""
     return scaled(load_pixels(data, indices, None), size, device)
 
 
 def picks(step: int, batch: int, n: int, seed: int) -> tuple[list[int], list[int]]:
     """Which pictures of n a step sees, and in which pass over them each is: every picture once a pass."""
-    return batch_indices(step, batch, n, seed), [i // n for i in range(step * batch, (step + 1) * batch)]
+    return batch_indices(step, batch, n, seed), [
+        i // n for i in range(step * batch, (step + 1) * batch)
+    ]
 
 
 def spread(data: Pictures | Shapes, count: int) -> list[int]:
@@ -299,7 +412,9 @@ def to_uint8(pictures: Tensor) -> np.ndarray:
     return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sheet(pictures: np.ndarray, columns: int, titles: Sequence[str] = (), heading: str = "", gap: int = 2) -> Image.Image:
+def sheet(
+    pictures: np.ndarray, columns: int, titles: Sequence[str] = (), heading: str = "", gap: int = 2
+) -> Image.Image:
     """Pictures (N, S, S, 3) uint8 side by side, under a heading and each under its title, if there are any.
 
     Small pictures are enlarged, pixel by pixel, until a title of four lines has room.
@@ -315,6 +430,8 @@ def sheet(pictures: np.ndarray, columns: int, titles: Sequence[str] = (), headin
         x, y = gap + i % columns * (side + gap), top + gap + i // columns * (side + head + gap)
         paper.paste(Image.fromarray(picture), (x, y + head))
         if titles:
-            pen.multiline_text((x, y), "\n".join(textwrap.wrap(titles[i], side // 6)[:4]), fill="black", spacing=1)
+            pen.multiline_text(
+                (x, y), "\n".join(textwrap.wrap(titles[i], side // 6)[:4]), fill="black", spacing=1
+            )
     pen.text((gap, 2), heading, fill="black")
     return paper

@@ -16,7 +16,9 @@ def permutation(seed: int, sweep: int, n: int) -> np.ndarray:
     return np.random.default_rng((seed, sweep)).permutation(n)
 
 
-def batch_indices(step: int, batch: int, n_items: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
+def batch_indices(
+    step: int, batch: int, n_items: int, seed: int, rank: int = 0, world: int = 1
+) -> list[int]:
     """Which items this rank sees at a step: every item once a pass, each pass in an order of its own."""
     assert batch % world == 0, f"batch {batch} over {world} ranks"
     first = step * batch + rank * (batch // world)

@@ -18,34 +18,62 @@ from functools import lru_cache
 
 import numpy as np
 
-COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 200), "yellow": (245, 210, 40),
-          "purple": (140, 60, 180), "orange": (245, 130, 25), "cyan": (40, 200, 220), "pink": (245, 130, 190)}
+COLORS = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 44),
+    "blue": (31, 90, 200),
+    "yellow": (245, 210, 40),
+    "purple": (140, 60, 180),
+    "orange": (245, 130, 25),
+    "cyan": (40, 200, 220),
+    "pink": (245, 130, 190),
+}
 GROUNDS = {"white": (250, 250, 250), "black": (15, 15, 15), "gray": (128, 128, 128)}
 SHAPES = {  # signed distance of (x, y) from the outline, negative inside; each shape just fits into [-1, 1] x [-1, 1]
     "circle": lambda x, y: np.hypot(x, y) - 1,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) - 1,
     "triangle": lambda x, y: np.maximum(y - 1, (2 * abs(x) - y - 1) / 5**0.5),
     "diamond": lambda x, y: (abs(x) + abs(y) - 1) / 2**0.5,
-    "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 1 / 3, np.maximum(abs(x), abs(y)) - 1),
+    "cross": lambda x, y: np.maximum(
+        np.minimum(abs(x), abs(y)) - 1 / 3, np.maximum(abs(x), abs(y)) - 1
+    ),
     "ring": lambda x, y: abs(np.hypot(x, y) - 0.775) - 0.225,
     "bar": lambda x, y: np.maximum(abs(x) - 1, abs(y) - 0.36),
 }
-SIZES = {"small": 14 / 128, "medium": 22 / 128, "large": 36 / 128}  # radius: half the side of the square it fits into
-POSITIONS = {f"{row} {column}".strip() or "center": (i, j) for j, row in enumerate(("top", "", "bottom"))
-             for i, column in enumerate(("left", "", "right"))}  # column and row of the 3 x 3 cells
+SIZES = {
+    "small": 14 / 128,
+    "medium": 22 / 128,
+    "large": 36 / 128,
+}  # radius: half the side of the square it fits into
+POSITIONS = {
+    f"{row} {column}".strip() or "center": (i, j)
+    for j, row in enumerate(("top", "", "bottom"))
+    for i, column in enumerate(("left", "", "right"))
+}  # column and row of the 3 x 3 cells
 COUNTS = {"two": 2, "three": 3, "four": 4}
-RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis, side of the first thing
+RELATIONS = {
+    "left of": (0, -1),
+    "right of": (0, 1),
+    "above": (1, -1),
+    "below": (1, 1),
+}  # axis, side of the first thing
 PREFIXES = ("", "a photo of ", "a drawing of ", "an image of ")
 
 JITTER = 0.06  # of a radius: sizes stay far apart
-MARGIN = 3 / 128  # around a thing, to the border and to its cell's edge: at 64 pixels neighbours still lie 3 apart
+MARGIN = (
+    3 / 128
+)  # around a thing, to the border and to its cell's edge: at 64 pixels neighbours still lie 3 apart
 INSIDE = 4 / 128  # that a stated position's centre is from its cell's edge at least
-APART, ASIDE = 56 / 128, 12 / 128  # distance of two related centres: along their axis at least, across it at most
+APART, ASIDE = (
+    56 / 128,
+    12 / 128,
+)  # distance of two related centres: along their axis at least, across it at most
 
 
 @dataclass(frozen=True)
 class Thing:
     """One shape with its centre and radius."""
+
     shape: str
     color: str
     x: float
@@ -56,6 +84,7 @@ class Thing:
 @dataclass(frozen=True)
 class Scene:
     """A caption and what there is to be seen."""
+
     caption: str
     things: tuple[Thing, ...]
     ground: str
@@ -64,6 +93,7 @@ class Scene:
 @dataclass(frozen=True)
 class Spec:
     """What a caption states. `things` has (size, color, shape) of each thing named: of several alike, once."""
+
     things: tuple[tuple[str | None, str, str], ...]
     count: int = 1
     position: str | None = None
@@ -92,11 +122,21 @@ def body(spec: Spec) -> str:
 def specs() -> dict[str, Spec]:
     """Every body there is, 12,320, with its Spec: parsing looks up what captions are made from."""
     kinds = list(itertools.product(COLORS, SHAPES))
-    singles = [Spec(((size, *kind),), position=position) for kind in kinds for size in SIZES
-               for position in (None, *POSITIONS) if size != "large" or not position]
+    singles = [
+        Spec(((size, *kind),), position=position)
+        for kind in kinds
+        for size in SIZES
+        for position in (None, *POSITIONS)
+        if size != "large" or not position
+    ]
     counts = [Spec(((None, *kind),), count) for kind in kinds for count in COUNTS.values()]
-    relations = [Spec(((None, *a), (None, *b)), 2, relation=relation) for a in kinds for b in kinds if a[0] != b[0]
-                 for relation in RELATIONS]
+    relations = [
+        Spec(((None, *a), (None, *b)), 2, relation=relation)
+        for a in kinds
+        for b in kinds
+        if a[0] != b[0]
+        for relation in RELATIONS
+    ]
     return {body(spec): spec for spec in singles + counts + relations}
 
 
@@ -107,7 +147,9 @@ def parse(caption: str) -> Spec:
     ground = next((g for g in GROUNDS if text.endswith(f" on a {g} background")), None)
     spec = specs().get(text.removesuffix(f" on a {ground} background") if ground else text)
     if spec is None:
-        raise ValueError(f"caption {caption!r} is not one of data.shapes, such as 'two red bars on a gray background'")
+        raise ValueError(
+            f"caption {caption!r} is not one of data.shapes, such as 'two red bars on a gray background'"
+        )
     return replace(spec, ground=ground)
 
 
@@ -116,7 +158,11 @@ def scene(seed: int, index: int, unseen: bool = False) -> Scene:
     """Scene `index` of a seed. Each of its pairs of colour and shape is held out if unseen, and none if not."""
     rng = np.random.default_rng((seed, index))
     spec = choose(rng, unseen)
-    caption = pick(rng, PREFIXES) + body(spec) + (f" on a {spec.ground} background" if spec.ground else "")
+    caption = (
+        pick(rng, PREFIXES)
+        + body(spec)
+        + (f" on a {spec.ground} background" if spec.ground else "")
+    )
     if rng.random() < 0.25:
         caption = caption[0].upper() + caption[1:]
     return Scene(caption, place(spec, rng), spec.ground or pick(rng, tuple(GROUNDS)))
@@ -138,11 +184,17 @@ def choose(rng: np.random.Generator, unseen: bool) -> Spec:
     if kind == "plain":
         return Spec(((pick(rng, tuple(SIZES)), *pair),), ground=ground)
     if kind == "position":
-        return Spec(((pick(rng, ("small", "medium")), *pair),), position=pick(rng, tuple(POSITIONS)), ground=ground)
+        return Spec(
+            ((pick(rng, ("small", "medium")), *pair),),
+            position=pick(rng, tuple(POSITIONS)),
+            ground=ground,
+        )
     if kind == "count":
         return Spec(((None, *pair),), pick(rng, tuple(COUNTS.values())), ground=ground)
     other = pick(rng, [p for p in pairs(unseen) if p[0] != pair[0]])
-    return Spec(((None, *pair), (None, *other)), 2, relation=pick(rng, tuple(RELATIONS)), ground=ground)
+    return Spec(
+        ((None, *pair), (None, *other)), 2, relation=pick(rng, tuple(RELATIONS)), ground=ground
+    )
 
 
 def place(spec: Spec, rng: np.random.Generator) -> tuple[Thing, ...]:
@@ -164,22 +216,29 @@ def place(spec: Spec, rng: np.random.Generator) -> tuple[Thing, ...]:
             cell = np.array([POSITIONS[spec.position]]) / 3
             low, high = np.maximum(low, cell + INSIDE), np.minimum(high, cell + 1 / 3 - INSIDE)
         elif spec.count > 1:
-            cells = rng.permutation(list(POSITIONS.values()))[:spec.count] / 3
+            cells = rng.permutation(list(POSITIONS.values()))[: spec.count] / 3
             low, high = cells + room, cells + 1 / 3 - room
         centers = rng.uniform(low, high, (spec.count, 2))
     named = spec.things * (spec.count // len(spec.things))
-    return tuple(Thing(shape, color, float(x), float(y), float(radius))
-                 for (_, color, shape), (x, y), radius in zip(named, centers, radii))
+    return tuple(
+        Thing(shape, color, float(x), float(y), float(radius))
+        for (_, color, shape), (x, y), radius in zip(named, centers, radii)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
-def coverage(thing: Thing, side: int, box: tuple[slice, slice] = np.s_[:, :], edge: float = 1) -> np.ndarray:
+def coverage(
+    thing: Thing, side: int, box: tuple[slice, slice] = np.s_[:, :], edge: float = 1
+) -> np.ndarray:
     """The share of each pixel that a thing covers, in the box of rows and columns: (H, W) in [0, 1].
 
     It falls from 1 to 0 over so many pixels of edge; 1 is exact where the outline runs along a row or column.
     """
     pixels = (np.arange(side) + 0.5) / side
-    x, y = (pixels[box[1]] - thing.x) / thing.radius, (pixels[box[0]][:, None] - thing.y) / thing.radius
+    x, y = (
+        (pixels[box[1]] - thing.x) / thing.radius,
+        (pixels[box[0]][:, None] - thing.y) / thing.radius,
+    )
     return np.clip(0.5 - SHAPES[thing.shape](x, y) * (thing.radius * side / edge), 0, 1)
 
 

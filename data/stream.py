@@ -16,23 +16,38 @@ class Stream:
     """
 
     def __init__(self, tokenizer, codes: VQVAEConfig, model: ModelConfig):
-        self.tokenizer, self.grid, self.image_tokens, self.seq_len = tokenizer, codes.grid, codes.grid**2, model.seq_len
+        self.tokenizer, self.grid, self.image_tokens, self.seq_len = (
+            tokenizer,
+            codes.grid,
+            codes.grid**2,
+            model.seq_len,
+        )
         self.n_text = len(tokenizer)
-        self.seg_start, self.seg_end, self.first_code = self.n_text, self.n_text + 1, self.n_text + 2
+        self.seg_start, self.seg_end, self.first_code = (
+            self.n_text,
+            self.n_text + 1,
+            self.n_text + 2,
+        )
         self.vocab_size = self.first_code + codes.codebook_size
-        self.text_rows = slice(self.seg_start + 1)  # of the vocabulary: what may follow in a caption or plain text
+        self.text_rows = slice(
+            self.seg_start + 1
+        )  # of the vocabulary: what may follow in a caption or plain text
         self.code_rows = slice(self.first_code, self.vocab_size)  # and in a picture
         self.eos = end_of_text(tokenizer)
         self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.eos
         self.caption_tokens = model.seq_len - self.image_tokens - 4
         if self.vocab_size != model.vocab_size:
-            raise UserError(f"--model.vocab_size {model.vocab_size} does not fit {self.n_text} text entries, two markers and "
-                            f"the {codes.codebook_size} codes of the VQ-VAE: set it to {self.vocab_size}, or name another "
-                            "--vqvae")
+            raise UserError(
+                f"--model.vocab_size {model.vocab_size} does not fit {self.n_text} text entries, two markers and "
+                f"the {codes.codebook_size} codes of the VQ-VAE: set it to {self.vocab_size}, or name another "
+                "--vqvae"
+            )
         if model.cells != self.image_tokens or not 1 <= self.caption_tokens <= 256:
-            raise UserError(f"--model.cells {model.cells} with --model.seq_len {model.seq_len} does not fit the VQ-VAE's "
-                            f"{self.grid} x {self.grid} grid: set them to {self.image_tokens} and to "
-                            f"{self.image_tokens + 4} and the room for a caption (1 to 256 tokens), or name another --vqvae")
+            raise UserError(
+                f"--model.cells {model.cells} with --model.seq_len {model.seq_len} does not fit the VQ-VAE's "
+                f"{self.grid} x {self.grid} grid: set them to {self.image_tokens} and to "
+                f"{self.image_tokens + 4} and the room for a caption (1 to 256 tokens), or name another --vqvae"
+            )
 
     def words(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -43,8 +58,10 @@ class Stream:
         if not caption.strip():
             raise UserError("the prompt is empty: say what to draw")
         if len(words) > self.caption_tokens and not cut:
-            raise UserError(f"the prompt has {len(words)} tokens, the model takes {self.caption_tokens}: shorten it")
-        return [self.bos, *words[:self.caption_tokens], self.seg_start]
+            raise UserError(
+                f"the prompt has {len(words)} tokens, the model takes {self.caption_tokens}: shorten it"
+            )
+        return [self.bos, *words[: self.caption_tokens], self.seg_start]
 
     def null(self, prompt: list[int]) -> list[int]:
         """A prompt of the same length that says nothing, for guidance (arXiv 2207.12598)."""
@@ -56,7 +73,7 @@ class Stream:
         for row, prompt, picture in zip(tokens, prompts, codes):
             n = len(prompt)
             row[:n] = torch.tensor(prompt)
-            row[n:n + self.image_tokens] = picture + self.first_code
+            row[n : n + self.image_tokens] = picture + self.first_code
             row[n + self.image_tokens] = self.seg_end
         return tokens, torch.tensor([len(prompt) - 1 for prompt in prompts])
 
@@ -71,7 +88,11 @@ class Stream:
         cells = index - starts[:, None]  # (B, length), 0 at <seg_start>
         past, first = cells - 1, starts[:, None] + 1
         inside = (past >= 0) & (past < self.image_tokens)
-        text = torch.where(past >= self.image_tokens, index - self.image_tokens + self.grid, index.expand_as(past))
+        text = torch.where(
+            past >= self.image_tokens, index - self.image_tokens + self.grid, index.expand_as(past)
+        )
         row = torch.where(inside, first + past // self.grid, text)
         column = torch.where(inside, first + past % self.grid, text)
-        return torch.stack((row, column), dim=-1), cells.where((cells >= 0) & (cells < self.image_tokens), -1)
+        return torch.stack((row, column), dim=-1), cells.where(
+            (cells >= 0) & (cells < self.image_tokens), -1
+        )

@@ -27,22 +27,38 @@ def test_text_from_name_folder_and_checkpoint_is_the_same(run, capsys):
     for place in ("runs/a", "runs/a/checkpoints/0000050"):
         assert write(place, "--prompt", "a fox", "--max_tokens", "20") == texts
     assert write("--prompt", "a fox", "--max_tokens", "20") == texts  # the newest run
-    early, late = (generate.load_run(place, load_config(generate.Config, [place])).model for place in ("runs/a/checkpoints/0000045", "a"))
+    early, late = (
+        generate.load_run(place, load_config(generate.Config, [place])).model
+        for place in ("runs/a/checkpoints/0000045", "a")
+    )
     assert not torch.equal(early.embed.weight, late.embed.weight)
 
 
 def test_continuation_i_does_not_depend_on_how_many_there_are(run, capsys):
     four = write(run, "--prompt", "a fox", "--n", "4", "--max_tokens", "20", "--temperature", "1")
-    assert len(set(four)) > 1 and write(run, "--prompt", "a fox", "--n", "2", "--max_tokens", "20", "--temperature", "1") == four[:2]
-    assert write(run, "--prompt", "a fox", "--seed", "2", "--max_tokens", "20", "--temperature", "1") == four[2:3]
+    assert (
+        len(set(four)) > 1
+        and write(run, "--prompt", "a fox", "--n", "2", "--max_tokens", "20", "--temperature", "1")
+        == four[:2]
+    )
+    assert (
+        write(run, "--prompt", "a fox", "--seed", "2", "--max_tokens", "20", "--temperature", "1")
+        == four[2:3]
+    )
     assert "--- 4/4\na fox" in capsys.readouterr().out
 
 
 def test_prompt_from_file_and_standard_input(run):
     Path("p.txt").write_text("the Bär\n")
-    expected = "the Bär" + write(run, "--prompt", "the Bär", "--temperature", "0", "--max_tokens", "9")[0] + "\n"
+    expected = (
+        "the Bär"
+        + write(run, "--prompt", "the Bär", "--temperature", "0", "--max_tokens", "9")[0]
+        + "\n"
+    )
     for args, stdin in ((["--prompt", "FILE:p.txt"], None), ([], "the Bär\n")):
-        done = script("generate.py", run, "--temperature", "0", "--max_tokens", "9", *args, input=stdin)
+        done = script(
+            "generate.py", run, "--temperature", "0", "--max_tokens", "9", *args, input=stdin
+        )
         assert (done.stdout, done.returncode) == (expected, 0), done.stderr
 
 
@@ -55,7 +71,9 @@ def test_characters_of_several_tokens_come_out_whole(run):
     for cut, expected in ((ids, "x🐸y"), (ids[:-2], "x"), ([ids[0], ids[2], *ids[-1:]], "xy")):
         model.generate = lambda prompt, *_, **__: iter([prompt.new_tensor([i]) for i in cut])
         out = io.StringIO()
-        texts = generate.continuations(model, tokenizer, "", 1, seed=0, max_tokens=9, temperature=1, out=out)
+        texts = generate.continuations(
+            model, tokenizer, "", 1, seed=0, max_tokens=9, temperature=1, out=out
+        )
         assert texts == [expected] and out.getvalue() == expected
 
 
@@ -65,7 +83,10 @@ def test_end_of_text_ends_it(run):
     a, b = tokenizer("ab")["input_ids"]
     rows = [[a, a], [b, tokenizer.eos_token_id], [tokenizer.eos_token_id, b], [a, a]]
     model.generate = lambda prompt, *_, **__: iter([prompt.new_tensor(row) for row in rows])
-    assert generate.continuations(model, tokenizer, "", 2, seed=0, max_tokens=9, temperature=1) == ["ab", "a"]
+    assert generate.continuations(model, tokenizer, "", 2, seed=0, max_tokens=9, temperature=1) == [
+        "ab",
+        "a",
+    ]
 
 
 def test_prompt_up_to_the_context_and_no_longer(run):
@@ -74,10 +95,18 @@ def test_prompt_up_to_the_context_and_no_longer(run):
     write(run, "--prompt", "q" * 31, "--max_tokens", "5")
 
 
-@pytest.mark.parametrize("args, says", [
-    (["nobody"], "no run 'nobody'; the runs here are: a"), (["a", "--n", "0"], "--n is 0"),
-    (["a", "--temperature", "-1"], "temperature -1.0"), (["a", "--kind", "image"], "cannot draw"), (["a", "--top_p", "0"], "top_p 0.0"),
-    (["a", "--prompt", "FILE:none.txt"], "none.txt"), (["runs"], "has no checkpoint")])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["nobody"], "no run 'nobody'; the runs here are: a"),
+        (["a", "--n", "0"], "--n is 0"),
+        (["a", "--temperature", "-1"], "temperature -1.0"),
+        (["a", "--kind", "image"], "cannot draw"),
+        (["a", "--top_p", "0"], "top_p 0.0"),
+        (["a", "--prompt", "FILE:none.txt"], "none.txt"),
+        (["runs"], "has no checkpoint"),
+    ],
+)
 def test_bad_input_is_one_clear_line(run, args, says):
     with pytest.raises(UserError) as error:
         write(*args, *([] if "--prompt" in args else ["--prompt", "x"]))

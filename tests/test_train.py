@@ -27,16 +27,26 @@ def weights(run: str) -> dict[str, torch.Tensor]:
 
 
 def losses(run: str) -> list[tuple]:
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(Path("runs") / run) if "loss" in row]
+    return [
+        (row["step"], row["loss"], row["grad_norm"])
+        for row in read_metrics(Path("runs") / run)
+        if "loss" in row
+    ]
 
 
 def same(a: str, b: str) -> bool:
-    return losses(a) == losses(b) and all(torch.equal(weights(a)[k], w) for k, w in weights(b).items())
+    return losses(a) == losses(b) and all(
+        torch.equal(weights(a)[k], w) for k, w in weights(b).items()
+    )
 
 
 def start(**changes) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(ROOT / "train_llm.py"), *flags(**changes)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train_llm.py"), *flags(**changes)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for_step(process: subprocess.Popen, run: str, step: int) -> None:
@@ -50,20 +60,47 @@ def test_loss_falls_and_the_run_folder_is_whole(workdir, capsys):
     summary = train(run="a", tokens=11_520, data__val_tokens="2k", gpu_hourly_usd=36)
     rows = read_metrics(Path("runs/a"))
     train_rows, val_rows = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
-    assert [r["step"] for r in train_rows] == list(range(1, 91)) and [r["step"] for r in val_rows] == [23, 45, 68, 90]
-    assert train_rows[0]["loss"] == pytest.approx(math.log(300), rel=0.05) and 0.5 < summary["val_loss"] < 3.5
+    assert [r["step"] for r in train_rows] == list(range(1, 91)) and [
+        r["step"] for r in val_rows
+    ] == [23, 45, 68, 90]
+    assert (
+        train_rows[0]["loss"] == pytest.approx(math.log(300), rel=0.05)
+        and 0.5 < summary["val_loss"] < 3.5
+    )
     assert train_rows[0]["lr"] == 0.015 and train_rows[-1]["lr"] == pytest.approx(0.02 * 0.015)
     assert summary == json.loads(Path("runs/a/summary.json").read_text())
-    assert summary["val_loss"] == val_rows[-1]["val_loss"] and summary["tokens"] == 11_520 and summary["steps"] == 90
-    assert {"val_bpb", "train_loss", "params", "seed", "train_seconds", "tokens_per_second", "mfu", "peak_memory_gb", "device",
-            "commit", "dirty", "cost_usd"} <= summary.keys()
+    assert (
+        summary["val_loss"] == val_rows[-1]["val_loss"]
+        and summary["tokens"] == 11_520
+        and summary["steps"] == 90
+    )
+    assert {
+        "val_bpb",
+        "train_loss",
+        "params",
+        "seed",
+        "train_seconds",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_gb",
+        "device",
+        "commit",
+        "dirty",
+        "cost_usd",
+    } <= summary.keys()
     assert summary["train_loss"] == pytest.approx(sum(r["loss"] for r in train_rows[-5:]) / 5)
     assert summary["tokens_per_second"] == pytest.approx(11_520 / summary["train_seconds"])
-    assert summary["cost_usd"] == pytest.approx(0.01 * summary["train_seconds"]) and summary["train_seconds"] > 0
+    assert (
+        summary["cost_usd"] == pytest.approx(0.01 * summary["train_seconds"])
+        and summary["train_seconds"] > 0
+    )
     bytes_per_token = summary["val_loss"] / math.log(2) / summary["val_bpb"]
     assert 1 < bytes_per_token < 6
     assert [p.name for p in checkpoints(Path("runs/a"))] == ["0000081", "0000090"]
-    assert Path("runs/a/loss.png").read_bytes()[:4] == b"\x89PNG" and len(list(Path("runs/a/samples").iterdir())) == 4
+    assert (
+        Path("runs/a/loss.png").read_bytes()[:4] == b"\x89PNG"
+        and len(list(Path("runs/a/samples").iterdir())) == 4
+    )
     assert json.loads(Path("runs/a/env.json").read_text())["torch"] == torch.__version__
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(lines) == 90 and "\r" not in "".join(lines)
@@ -74,14 +111,19 @@ def test_loss_falls_and_the_run_folder_is_whole(workdir, capsys):
 def test_training_knows_how_the_tokenizer_spells(workdir):
     train(run="a", tokens=256)
     tokenizer = AutoTokenizer.from_pretrained("runs/a/tokenizer")
-    assert torch.equal(weights("a")["spelling"], spelling(tokenizer, 1024)) and weights("a")["affixes.weight"].any()
+    assert (
+        torch.equal(weights("a")["spelling"], spelling(tokenizer, 1024))
+        and weights("a")["affixes.weight"].any()
+    )
 
 
 def test_summary_names_the_code_that_the_run_began_with(workdir, monkeypatch):
     state = {"commit": "first", "dirty": False, "code_sha256": "0"}
+
     def commit_meanwhile(*args):
         state["commit"] = "second"
         return 1.0
+
     monkeypatch.setattr("metrics.git_state", lambda: dict(state))
     monkeypatch.setattr(train_llm, "evaluate", commit_meanwhile)
     assert train(run="a", tokens=256)["commit"] == "first" and state["commit"] == "second"
@@ -109,7 +151,9 @@ def test_accumulation_does_not_change_the_training(workdir):
     for n in (2, 4):
         for name, weight in weights("m1").items():
             torch.testing.assert_close(weights(f"m{n}")[name], weight, atol=2e-4, rtol=1e-3)
-        assert [x[1] for x in losses(f"m{n}")] == pytest.approx([x[1] for x in losses("m1")], rel=1e-4)
+        assert [x[1] for x in losses(f"m{n}")] == pytest.approx(
+            [x[1] for x in losses("m1")], rel=1e-4
+        )
 
 
 def test_killed_run_goes_on_bit_for_bit(workdir, monkeypatch):
@@ -122,14 +166,19 @@ def test_killed_run_goes_on_bit_for_bit(workdir, monkeypatch):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert len(manifest["shards"]) > 2 and manifest["tokens"] < 76_800
     for kill_at in sorted(random.sample(range(20, 500), 2)):
-        process = start(run="killed", **changes, **({"resume": "true"} if Path("runs/killed").exists() else {}))
+        process = start(
+            run="killed", **changes, **({"resume": "true"} if Path("runs/killed").exists() else {})
+        )
         wait_for_step(process, "killed", kill_at)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not Path("runs/killed/summary.json").exists()
     train(run="killed", resume="true", **changes)
     assert same("whole", "killed")
-    val = [[r for r in read_metrics(Path("runs") / run) if "val_loss" in r] for run in ("whole", "killed")]
+    val = [
+        [r for r in read_metrics(Path("runs") / run) if "val_loss" in r]
+        for run in ("whole", "killed")
+    ]
     assert val[0] == val[1]
 
 
@@ -157,11 +206,15 @@ def test_run_stopped_between_saving_and_evaluating_is_evaluated_after_all(workdi
 
 def test_nan_loss_stops_before_the_weights_change(workdir, monkeypatch):
     forward, calls = Llama.forward, []
+
     def poisoned(self, *args, **kwargs):
         calls.append(self.training and kwargs.get("cache") is None and torch.is_grad_enabled())
         return forward(self, *args, **kwargs) * (math.nan if sum(calls) > 11 else 1)
+
     monkeypatch.setattr(Llama, "forward", poisoned)
-    with pytest.raises(UserError, match="nan.*at step 12.*last checkpoint is runs/a/checkpoints/0000010"):
+    with pytest.raises(
+        UserError, match="nan.*at step 12.*last checkpoint is runs/a/checkpoints/0000010"
+    ):
         train(run="a", micro_batch=4)
     assert losses("a")[-1][0] == 11 and all(torch.isfinite(w).all() for w in weights("a").values())
 
@@ -181,14 +234,19 @@ def test_resume_refuses_what_would_be_another_training(workdir):
         train(run="a", resume="true")
     train(run="a")
     for key, value in {"muon_lr": 0.01, "model__d_ff": 96, "tokens": 5120}.items():
-        with pytest.raises(UserError, match=rf"--resume with --{key.replace('__', '.')} {value}, but .*: leave it away"):
+        with pytest.raises(
+            UserError,
+            match=rf"--resume with --{key.replace('__', '.')} {value}, but .*: leave it away",
+        ):
             train(run="a", resume="true", **{key: value})
 
 
 def test_finished_run_is_left_alone(workdir, capsys):
     summary = train(run="a")
     before = Path("runs/a/metrics.jsonl").stat().st_mtime_ns
-    assert train(run="a", resume="true") == summary and "runs/a is finished" in capsys.readouterr().out
+    assert (
+        train(run="a", resume="true") == summary and "runs/a is finished" in capsys.readouterr().out
+    )
     assert Path("runs/a/metrics.jsonl").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="runs/a exists"):
         train(run="a")
@@ -196,12 +254,15 @@ def test_finished_run_is_left_alone(workdir, capsys):
 
 def test_resume_needs_no_flags_but_the_name(workdir):
     from common import load_config
+
     summary = train(run="a")
     Path("runs/a/summary.json").unlink()
     shutil.rmtree(checkpoints(Path("runs/a"))[-1])
     cfg = load_config(train_llm.Config, ["--run", "a", "--resume", "true"])
     assert train_llm.main(cfg)["val_loss"] == summary["val_loss"]
-    assert [step for step, *_ in losses("a")] == list(range(1, 21))  # rows after the checkpoint are not there twice
+    assert [step for step, *_ in losses("a")] == list(
+        range(1, 21)
+    )  # rows after the checkpoint are not there twice
 
 
 def test_checkpoints_are_whole_or_absent(workdir, monkeypatch):
@@ -231,7 +292,10 @@ def test_checkpoint_of_another_shape_is_refused(workdir):
     Path("runs/a/summary.json").unlink()
     config = Path("runs/a/config.yaml")
     config.write_text(config.read_text().replace("d_ff: 64", "d_ff: 96"))
-    with pytest.raises(UserError, match=r"another shape: blocks.0.mlp.down_proj.weight is \(32, 64\), the model's is \(32, 96\)"):
+    with pytest.raises(
+        UserError,
+        match=r"another shape: blocks.0.mlp.down_proj.weight is \(32, 64\), the model's is \(32, 96\)",
+    ):
         train(run="a", resume="true", model__d_ff=96)
 
 

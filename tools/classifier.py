@@ -27,6 +27,7 @@ SIDE = 32  # pixels the network reads
 @dataclass
 class Recipe:
     """How a classifier is made."""
+
     width: int = 64  # channels after the first halving; the features have four times as many
     epochs: int = 30
     batch: int = 512
@@ -44,7 +45,9 @@ RECIPES = {"gpu": Recipe(), "cpu": Recipe(width=16, epochs=10, batch=256, lr=0.2
 
 
 def conv(d_in: int, d_out: int, *pool: nn.Module) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(d_in, d_out, 3, padding=1, bias=False), *pool, nn.BatchNorm2d(d_out), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(d_in, d_out, 3, padding=1, bias=False), *pool, nn.BatchNorm2d(d_out), nn.ReLU()
+    )
 
 
 class Classifier(nn.Module):
@@ -63,8 +66,12 @@ class Classifier(nn.Module):
     def features(self, pictures: Tensor) -> Tensor:
         """(N, d) for pictures (N, 3, S, S), S a multiple of 32; larger ones are reduced by averaging over areas."""
         side = pictures.shape[-1]
-        assert pictures.shape[1:] == (3, side, side) and side % SIDE == 0, f"pictures {tuple(pictures.shape)}"
-        x = F.avg_pool2d(pictures, side // SIDE).contiguous(memory_format=torch.channels_last)  # (N, 3, 32, 32)
+        assert pictures.shape[1:] == (3, side, side) and side % SIDE == 0, (
+            f"pictures {tuple(pictures.shape)}"
+        )
+        x = F.avg_pool2d(pictures, side // SIDE).contiguous(
+            memory_format=torch.channels_last
+        )  # (N, 3, 32, 32)
         x = self.stem(x)
         for down, branch in zip(self.downs, self.branches):
             x = down(x)
@@ -77,79 +84,152 @@ class Classifier(nn.Module):
 
 def augment(pictures: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """Mirrored, shifted and partly blanked copies of pictures (B, 3, 32, 32); drawn on the CPU for any device."""
-    flip, top, left, hole_top, hole_left = torch.rand(5, len(pictures), generator=generator).to(pictures.device)
+    flip, top, left, hole_top, hole_left = torch.rand(5, len(pictures), generator=generator).to(
+        pictures.device
+    )
     pictures = torch.where((flip < 0.5)[:, None, None, None], pictures.flip(3), pictures)
-    windows = F.pad(pictures, [recipe.crop] * 4, mode="reflect").unfold(2, SIDE, 1).unfold(3, SIDE, 1)
+    windows = (
+        F.pad(pictures, [recipe.crop] * 4, mode="reflect").unfold(2, SIDE, 1).unfold(3, SIDE, 1)
+    )
     shifts, places = 2 * recipe.crop + 1, SIDE - recipe.cutout + 1
-    pictures = windows[torch.arange(len(pictures)), :, (top * shifts).long(), (left * shifts).long()]  # (B, 3, S, S)
+    pictures = windows[
+        torch.arange(len(pictures)), :, (top * shifts).long(), (left * shifts).long()
+    ]  # (B, 3, S, S)
     pixels = torch.arange(SIDE, device=pictures.device)
-    rows, columns = (pixels - (draw * places).long()[:, None] for draw in (hole_top, hole_left))  # (B, S) from a corner
-    hole = ((rows >= 0) & (rows < recipe.cutout))[:, :, None] & ((columns >= 0) & (columns < recipe.cutout))[:, None, :]
+    rows, columns = (
+        pixels - (draw * places).long()[:, None] for draw in (hole_top, hole_left)
+    )  # (B, S) from a corner
+    hole = ((rows >= 0) & (rows < recipe.cutout))[:, :, None] & (
+        (columns >= 0) & (columns < recipe.cutout)
+    )[:, None, :]
     return pictures.masked_fill(hole[:, None], 0.0)
 
 
-def train_classifier(pictures: Tensor, labels: Tensor, n_classes: int, recipe: Recipe, seed: int, device: torch.device,
-                     dtype: torch.dtype, progress=print) -> Classifier:
+def train_classifier(
+    pictures: Tensor,
+    labels: Tensor,
+    n_classes: int,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress=print,
+) -> Classifier:
     """A classifier in eval mode, of uint8 pictures (N, 3, 32, 32) and labels (N,); `progress` gets a line an epoch.
 
     Weights are fp32, the computation is in `dtype`. Raises UserError when the loss stops being a number.
     """
-    assert pictures.dtype == torch.uint8 and pictures.shape == (len(labels), 3, SIDE, SIDE), f"{pictures.shape}"
-    pictures, labels, generator = pictures.to(device), labels.to(device), torch.Generator().manual_seed(seed)
+    assert pictures.dtype == torch.uint8 and pictures.shape == (len(labels), 3, SIDE, SIDE), (
+        f"{pictures.shape}"
+    )
+    pictures, labels, generator = (
+        pictures.to(device),
+        labels.to(device),
+        torch.Generator().manual_seed(seed),
+    )
     with torch.random.fork_rng(devices=[]):  # modules draw their weights from the global generator
         torch.default_generator.manual_seed(seed)
         classifier = Classifier(n_classes, recipe.width).to(device).train()
-    optimizer = torch.optim.SGD(classifier.parameters(), lr=recipe.lr, momentum=recipe.momentum, nesterov=True,
-                                weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.SGD(
+        classifier.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=True,
+        weight_decay=recipe.weight_decay,
+    )
     clock, batch = Clock(device), min(recipe.batch, len(pictures))
     per_epoch = len(pictures) // batch  # what is left over is another part in every epoch
     for epoch in range(recipe.epochs):
         clock.start()
-        sums, order = torch.zeros(2, device=device), torch.randperm(len(pictures), generator=generator).to(device)
+        sums, order = (
+            torch.zeros(2, device=device),
+            torch.randperm(len(pictures), generator=generator).to(device),
+        )
         for step in range(per_epoch):
             done = (epoch * per_epoch + step + 1) / (recipe.epochs * per_epoch)
-            optimizer.param_groups[0]["lr"] = recipe.lr * trapezoid(done, recipe.warmup, 1 - recipe.warmup, 0.0)
-            picked = order[step * batch:(step + 1) * batch]
+            optimizer.param_groups[0]["lr"] = recipe.lr * trapezoid(
+                done, recipe.warmup, 1 - recipe.warmup, 0.0
+            )
+            picked = order[step * batch : (step + 1) * batch]
             x = augment(pictures[picked].float() / 127.5 - 1, recipe, generator)  # (B, 3, 32, 32)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = classifier(x)  # (B, classes)
-            loss = F.cross_entropy(logits.float(), labels[picked], label_smoothing=recipe.label_smoothing)
+            loss = F.cross_entropy(
+                logits.float(), labels[picked], label_smoothing=recipe.label_smoothing
+            )
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            sums += torch.stack([loss.detach(), (logits.argmax(1) == labels[picked]).float().mean()])
+            sums += torch.stack(
+                [loss.detach(), (logits.argmax(1) == labels[picked]).float().mean()]
+            )
         clock.stop()
         loss, accuracy = (sums / per_epoch).tolist()
-        progress(f"classifier: epoch {epoch + 1}/{recipe.epochs} | loss {loss:.3f} | accuracy on training batches "
-                 f"{accuracy:.3f} | {clock.seconds:.1f} s")
+        progress(
+            f"classifier: epoch {epoch + 1}/{recipe.epochs} | loss {loss:.3f} | accuracy on training batches "
+            f"{accuracy:.3f} | {clock.seconds:.1f} s"
+        )
         if not math.isfinite(loss):
-            raise UserError(f"classifier: loss {loss} in epoch {epoch + 1}: lower the recipe's lr {recipe.lr}")
+            raise UserError(
+                f"classifier: loss {loss} in epoch {epoch + 1}: lower the recipe's lr {recipe.lr}"
+            )
     return classifier.eval()
 
 
-def load_classifier(cache: Path, pictures: Tensor, labels: Tensor, n_classes: int, recipe: Recipe, seed: int,
-                    device: torch.device, dtype: torch.dtype, progress=print) -> Classifier:
+def load_classifier(
+    cache: Path,
+    pictures: Tensor,
+    labels: Tensor,
+    n_classes: int,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress=print,
+) -> Classifier:
     """The classifier of these pictures, recipe and seed: trained once, kept in a folder of `cache`. Raises UserError."""
-    data = [hashlib.sha256(t.cpu().contiguous().numpy()).hexdigest() for t in (pictures, labels.long())]
-    made_of = {"recipe": dataclasses.asdict(recipe), "seed": seed, "n_classes": n_classes, "data": data}
-    folder = cache / f"classifier-{hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]}"
+    data = [
+        hashlib.sha256(t.cpu().contiguous().numpy()).hexdigest() for t in (pictures, labels.long())
+    ]
+    made_of = {
+        "recipe": dataclasses.asdict(recipe),
+        "seed": seed,
+        "n_classes": n_classes,
+        "data": data,
+    }
+    folder = (
+        cache
+        / f"classifier-{hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]}"
+    )
     if not folder.exists():
-        trained = train_classifier(pictures, labels, n_classes, recipe, seed, device, dtype, progress)
+        trained = train_classifier(
+            pictures, labels, n_classes, recipe, seed, device, dtype, progress
+        )
         tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         tmp.mkdir(parents=True)
-        save_file({name: w.contiguous() for name, w in trained.state_dict().items()}, tmp / "classifier.safetensors")
+        save_file(
+            {name: w.contiguous() for name, w in trained.state_dict().items()},
+            tmp / "classifier.safetensors",
+        )
         sha256 = hashlib.sha256((tmp / "classifier.safetensors").read_bytes()).hexdigest()
         (tmp / "classifier.json").write_text(json.dumps({**made_of, "sha256": sha256}, indent=2))
-        shutil.rmtree(tmp) if folder.exists() else tmp.rename(folder)  # another process may have been faster
+        shutil.rmtree(tmp) if folder.exists() else tmp.rename(
+            folder
+        )  # another process may have been faster
     classifier = Classifier(n_classes, recipe.width)
     try:
         weights = (folder / "classifier.safetensors").read_bytes()
-        if hashlib.sha256(weights).hexdigest() != json.loads((folder / "classifier.json").read_text())["sha256"]:
+        if (
+            hashlib.sha256(weights).hexdigest()
+            != json.loads((folder / "classifier.json").read_text())["sha256"]
+        ):
             raise ValueError("not the sha256 of classifier.json")
         classifier.load_state_dict(load(weights))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder} is damaged ({reason}): delete it to train the classifier again") from error
+        raise UserError(
+            f"{folder} is damaged ({reason}): delete it to train the classifier again"
+        ) from error
     return classifier.to(device).eval()
 
 
@@ -172,10 +252,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     mixed = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * mixed).item()
+    return (
+        (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * mixed
+    ).item()
 
 
-def kernel_distance(a: Tensor, b: Tensor, subset: int = 1000, subsets: int = 100, seed: int = 0) -> float:
+def kernel_distance(
+    a: Tensor, b: Tensor, subset: int = 1000, subsets: int = 100, seed: int = 0
+) -> float:
     """Unbiased squared MMD of features (N, d) and (M, d), kernel (x.y/d + 1)^3 (arXiv 1801.01401); N and M at least 2.
 
     The mean over random subsets of min(subset, N, M); for one distribution around 0, so by chance negative.
@@ -186,8 +270,12 @@ def kernel_distance(a: Tensor, b: Tensor, subset: int = 1000, subsets: int = 100
     generator, total = torch.Generator().manual_seed(seed), 0.0
     for _ in range(subsets):
         x, y = (t[torch.randperm(len(t), generator=generator)[:m]] for t in (a, b))  # (m, d)
-        xx, yy, xy = ((u @ v.T / a.shape[1] + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))  # (m, m)
-        total += (xx.sum() - xx.trace() + yy.sum() - yy.trace()).item() / (m * (m - 1)) - 2 * xy.mean().item()
+        xx, yy, xy = (
+            (u @ v.T / a.shape[1] + 1) ** 3 for u, v in ((x, x), (y, y), (x, y))
+        )  # (m, m)
+        total += (xx.sum() - xx.trace() + yy.sum() - yy.trace()).item() / (
+            m * (m - 1)
+        ) - 2 * xy.mean().item()
     return total / subsets
 
 
@@ -196,7 +284,9 @@ def diversity(features: Tensor, labels: Tensor) -> float:
     spreads = []
     for label in labels.unique():
         f = F.normalize(features[labels == label].double(), dim=1)  # (n, d)
-        if len(f) > 1:  # the sum over all pairs is the square of the sum: no (n, n) matrix is needed
+        if (
+            len(f) > 1
+        ):  # the sum over all pairs is the square of the sum: no (n, n) matrix is needed
             similarity = (f.sum(0).square().sum() - f.square().sum()) / (len(f) * (len(f) - 1))
             spreads.append(1 - similarity.item())
     assert spreads, f"no class has two of the {len(labels)} samples"
@@ -210,10 +300,15 @@ def nearest(queries: Tensor, pool: Tensor, chunk: int = 1024) -> tuple[Tensor, T
     """
     indices, distances = [], []
     for q in (part.double() for part in queries.split(chunk)):
-        best, index = q.new_full((len(q),), math.inf), torch.zeros(len(q), dtype=torch.long, device=q.device)
+        best, index = (
+            q.new_full((len(q),), math.inf),
+            torch.zeros(len(q), dtype=torch.long, device=q.device),
+        )
         for start in range(0, len(pool), chunk):
-            p = pool[start:start + chunk].double()
-            low, where = (p.square().sum(1) - 2 * q @ p.T).min(1)  # (n,) of (n, chunk), |q|^2 left out
+            p = pool[start : start + chunk].double()
+            low, where = (p.square().sum(1) - 2 * q @ p.T).min(
+                1
+            )  # (n,) of (n, chunk), |q|^2 left out
             index, best = torch.where(low < best, where + start, index), torch.minimum(low, best)
         indices.append(index)
         distances.append((q - pool[index].double()).norm(dim=1))  # taken anew: exactly 0 for a copy

@@ -13,12 +13,22 @@ import numpy as np
 from data.shapes import COLORS, GROUNDS, POSITIONS, RELATIONS, SHAPES, Thing, coverage, parse
 
 ATTRIBUTES = ("color", "shape", "size", "position", "count", "relation", "ground")
-SMALLEST = 60 / 128**2  # area of what is a thing, not noise: a quarter of that of the least, a small bar
-LARGER = {"medium": 17.5 / 128, "large": 28 / 128}  # radius from which a thing has this size: else it is small
+SMALLEST = (
+    60 / 128**2
+)  # area of what is a thing, not noise: a quarter of that of the least, a small bar
+LARGER = {
+    "medium": 17.5 / 128,
+    "large": 28 / 128,
+}  # radius from which a thing has this size: else it is small
 COLOR_ERROR = 60  # in RGB: colours are at least 81 from one another and from every ground
 FIT = 0.6  # overlap with its best shape below which a thing has none
-EDGES = (1, 3)  # widths in pixels of the edge that shapes are drawn with for comparison: a picture may be blurred
-BESIDE = 28 / 128  # distance along their axis from which two things are related: half of what is drawn
+EDGES = (
+    1,
+    3,
+)  # widths in pixels of the edge that shapes are drawn with for comparison: a picture may be blurred
+BESIDE = (
+    28 / 128
+)  # distance along their axis from which two things are related: half of what is drawn
 
 
 def properties(shape: str) -> tuple[float, float]:
@@ -34,6 +44,7 @@ PROPERTIES = {shape: properties(shape) for shape in SHAPES}
 @dataclass(frozen=True)
 class Found:
     """A thing found: color or shape is None if it is none of those known. Lengths are fractions of the side."""
+
     shape: str | None
     color: str | None
     size: str
@@ -44,6 +55,7 @@ class Found:
 @dataclass(frozen=True)
 class Reading:
     """What a picture shows; ground is None if it is none of those known."""
+
     ground: str | None
     things: list[Found]
 
@@ -61,7 +73,9 @@ def components(mask: np.ndarray) -> np.ndarray:
     while not np.array_equal(label, before):
         before = label
         least = np.minimum.reduce([label, *neighbors(label, nothing)])
-        label = np.where(mask, np.append(least, nothing)[least], nothing)  # a label is a pixel: take that one's label
+        label = np.where(
+            mask, np.append(least, nothing)[least], nothing
+        )  # a label is a pixel: take that one's label
     return label
 
 
@@ -79,17 +93,25 @@ def read(picture: np.ndarray) -> Reading:
     inner[edge:-edge, edge:-edge] = True
     ground = np.median(picture[~inner], axis=0)
     away = np.linalg.norm(picture - ground, axis=-1)
-    closest = np.min([np.linalg.norm(picture - color, axis=-1) for color in COLORS.values()], axis=0)
+    closest = np.min(
+        [np.linalg.norm(picture - color, axis=-1) for color in COLORS.values()], axis=0
+    )
     label = components(closest < away)
     names, areas = np.unique(label[label < label.size], return_counts=True)
-    things = [identify(picture, ground, away, label, name) for name in names[areas >= SMALLEST * side**2]]
+    things = [
+        identify(picture, ground, away, label, name) for name in names[areas >= SMALLEST * side**2]
+    ]
     return Reading(nearest(ground, GROUNDS), things)
 
 
-def identify(picture: np.ndarray, ground: np.ndarray, away: np.ndarray, label: np.ndarray, name: int) -> Found:
+def identify(
+    picture: np.ndarray, ground: np.ndarray, away: np.ndarray, label: np.ndarray, name: int
+) -> Found:
     """The thing of one component."""
     side, mask = len(picture), label == name
-    color = picture[mask & (away >= np.median(away[mask]))].mean(axis=0)  # the inner half: edges are mixed with ground
+    color = picture[mask & (away >= np.median(away[mask]))].mean(
+        axis=0
+    )  # the inner half: edges are mixed with ground
     halo = 1 + side // 64  # pixels around a component that its soft edge reaches
     box = tuple(slice(max(0, i.min() - halo), i.max() + 1 + halo) for i in np.nonzero(mask))
     reach, others = mask[box], ((label != name) & (label < label.size))[box]
@@ -106,10 +128,18 @@ def identify(picture: np.ndarray, ground: np.ndarray, away: np.ndarray, label: n
         radius = (total / unit_area) ** 0.5 / side
         thing = Thing(shape, "", x, y - unit_y * radius, radius)
         covers = [coverage(thing, side, box, edge) for edge in EDGES]
-        fits[thing] = max(np.minimum(clipped, cover).sum() / np.maximum(clipped, cover).sum() for cover in covers)
+        fits[thing] = max(
+            np.minimum(clipped, cover).sum() / np.maximum(clipped, cover).sum() for cover in covers
+        )
     best = max(fits, key=fits.get)
     size = next((size for size in ("large", "medium") if best.radius >= LARGER[size]), "small")
-    return Found(best.shape if fits[best] >= FIT else None, nearest(color, COLORS), size, float(best.x), float(best.y))
+    return Found(
+        best.shape if fits[best] >= FIT else None,
+        nearest(color, COLORS),
+        size,
+        float(best.x),
+        float(best.y),
+    )
 
 
 def check(caption: str, picture: np.ndarray) -> dict[str, bool]:
@@ -119,11 +149,19 @@ def check(caption: str, picture: np.ndarray) -> dict[str, bool]:
     """
     spec, reading = parse(caption), read(picture)
     # several alike: all things must be as described; otherwise those that fit the description best
-    choices = [reading.things] if spec.count > len(spec.things) else itertools.permutations(reading.things, spec.count)
+    choices = (
+        [reading.things]
+        if spec.count > len(spec.things)
+        else itertools.permutations(reading.things, spec.count)
+    )
     chosen, right = (), np.zeros((1, 2), bool)
     for things in filter(None, choices):
-        match = np.array([(thing.color == color, thing.shape == shape)
-                          for thing, (_, color, shape) in zip(things, itertools.cycle(spec.things))])
+        match = np.array(
+            [
+                (thing.color == color, thing.shape == shape)
+                for thing, (_, color, shape) in zip(things, itertools.cycle(spec.things))
+            ]
+        )
         if not chosen or match.sum() > right.sum():
             chosen, right = things, match
     result = dict(zip(("color", "shape"), right.all(axis=0).tolist()))
