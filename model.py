@@ -1,10 +1,22 @@
 """The language model: a Llama-style decoder (arXiv 2302.13971) in one file.
 
-RMSNorm before each sublayer, rotary positions, grouped-query attention with QK-norm, a squared-ReLU MLP
-(arXiv 2109.08668), no biases, input and output embeddings tied. Weights are fp32; the forward casts them
-to `compute_dtype` where they are used, so the optimizer always sees full precision.
+RMSNorm before each sublayer, rotary positions, grouped-query attention with QK-norm, a squared-ReLU
+MLP (arXiv 2109.08668), no biases, tied input and output embeddings. Weights are fp32; the forward
+pass casts them to `compute_dtype` where they are used, so the optimizer always sees full precision.
 
-Shapes: B batch, T positions, V vocabulary, C d_model, H heads, G key/value heads, D head dimension.
+Four optional additions, each off at 0 or False in ModelConfig:
+
+- subwords: as in fastText (arXiv 1607.04606), a token's embedding is its own vector plus the
+  vectors of its prefixes, suffixes, lowercase form and letter case, which other tokens share.
+- value_embed: every layer adds a projection of the normalized token embedding to the attention
+  values, so deep layers still know which token each position holds (value embeddings).
+- canon: before attention and before the MLP, a Canon layer (arXiv 2512.17351) adds the few
+  preceding positions to each position with a learned weight per channel.
+- n_image_positions: a learned embedding per position of an image tells the model which image
+  position the next token fills.
+
+Shapes: B batch, T positions, V vocabulary, C d_model, H query heads, G key/value heads, D head
+dimension, F hidden width of the MLP, N = B * T.
 """
 
 import math
@@ -15,9 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cross_entropy import ChunkedCrossEntropy
+MAX_SUBWORDS = 10  # per token: 4 prefixes, 4 suffixes, the lowercase form, the letter case
 
-SPELLING = 10  # affixes a token has at most
+# Logits the loss holds at a time, 128 MB in fp32: large for a GPU, good on a CPU, docs/LOG.md
+CHUNK_LOGITS = 2**25
+
+
+# ---- config
 
 
 @dataclass
@@ -25,67 +41,68 @@ class ModelConfig:
     """Shape of the model."""
 
     vocab_size: int = 49_152
-    """Rows of the embedding; at least the number of tokenizer entries, at most 65,536."""
+    """Number of token embeddings; at least the size of the tokenizer, at most 65,536."""
     d_model: int = 512
-    """Width of the residual stream."""
+    """Width of the residual stream in channels; a multiple of 2 * n_heads."""
     n_layers: int = 22
-    """Number of blocks."""
+    """Number of transformer blocks."""
     n_heads: int = 8
-    """Query heads."""
+    """Number of query heads in each attention layer."""
     n_kv_heads: int = 4
-    """Key and value heads; divides n_heads."""
+    """Number of key/value heads in each attention layer (grouped-query attention); must divide
+    n_heads."""
     d_ff: int = 2048
-    """Hidden width of the MLP."""
+    """Hidden width of the MLP in channels."""
     seq_len: int = 2048
-    """Positions a sequence has at most."""
+    """Maximum sequence length in tokens."""
     rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
-    affixes: int = 0
-    """Vectors for parts of spelling (beginnings, ends, letter case) that tokens share; 0: each token has its own alone."""
-    value_shortcut: bool = False
-    """Values of every layer read the embedding of their token too."""
+    """Base of the rotary position frequencies (RoPE)."""
+    subwords: int = 0
+    """Number of subword embeddings (prefixes, suffixes, lowercase forms, letter case) that tokens
+    share, added to each token's own embedding; 0 turns subwords off."""
+    value_embed: bool = False
+    """Add a projection of the normalized token embedding to the attention values in every layer."""
     canon: int = 0
-    """Canon layers: earlier positions added, weighted by channel, to what attention and MLP read; 0: none."""
-    cells: int = 0
-    """Cells of a picture's grid: a learned vector for each is added where its visual word is predicted; 0 for text."""
+    """Number of preceding positions that Canon layers add, with a learned weight per channel, to
+    the inputs of attention and MLP; 0 turns Canon layers off."""
+    n_image_positions: int = 0
+    """Number of image tokens per image; a learned embedding of the image position is added where
+    the next token is an image token; 0 for text-only models."""
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "d_model",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "d_ff",
-            "seq_len",
-            "rope_theta",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be positive")
+        can_be_zero = ("subwords", "value_embed", "canon", "n_image_positions")
+        for name, value in vars(self).items():
+            if value < 0 or (value == 0 and name not in can_be_zero):
+                raise ValueError(
+                    f"model.{name} is {value}; "
+                    f"it must be {'0 or more' if name in can_be_zero else 'positive'}"
+                )
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
-                f"model.d_model {self.d_model} does not split into {self.n_heads} heads of even size: "
-                f"choose a multiple of {2 * self.n_heads}"
+                f"model.d_model {self.d_model} does not split into {self.n_heads} heads of even "
+                f"size; set it to a multiple of {2 * self.n_heads}"
             )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"model.n_heads {self.n_heads} is not divisible by model.n_kv_heads {self.n_kv_heads}"
+                f"model.n_heads {self.n_heads} is not divisible by model.n_kv_heads "
+                f"{self.n_kv_heads}; set model.n_kv_heads to a divisor of {self.n_heads}"
             )
-        for name in ("affixes", "canon", "cells"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: it must not be negative")
         if self.canon >= self.seq_len:
             raise ValueError(
-                f"model.canon is {self.canon}: it must be less than model.seq_len {self.seq_len}"
+                f"model.canon is {self.canon}; it must be less than model.seq_len {self.seq_len}"
             )
         if self.vocab_size > 65_536:
             raise ValueError(
-                f"model.vocab_size {self.vocab_size} does not fit the uint16 token files: at most 65536"
+                f"model.vocab_size is {self.vocab_size}; it must be at most 65536 to fit the "
+                "uint16 token files"
             )
 
     @property
     def d_head(self) -> int:
         return self.d_model // self.n_heads
+
+
+# ---- building blocks
 
 
 class Linear(nn.Linear):
@@ -95,7 +112,7 @@ class Linear(nn.Linear):
         super().__init__(d_in, d_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype))  # (..., d_out)
 
 
 class RMSNorm(nn.Module):
@@ -110,31 +127,32 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position's angles, each (seq_len, D/2), fp32 (arXiv 2104.09864)."""
+    """Cosines and sines of the rotation angles (arXiv 2104.09864), each (seq_len, D/2), fp32."""
     freqs = config.rope_theta ** (-torch.arange(0, config.d_head, 2).double() / config.d_head)
-    angles = torch.outer(torch.arange(config.seq_len).double(), freqs)
+    angles = torch.outer(torch.arange(config.seq_len).double(), freqs)  # (seq_len, D/2)
     return angles.cos().float(), angles.sin().float()
 
 
-def axial(table: Tensor, positions: Tensor) -> Tensor:
-    """Rows of a rotary table for row and column coordinates (B, T, 2): (B, T, D/2), even pairs by row, odd by column.
+def rotary_2d(table: Tensor, position_ids: Tensor) -> Tensor:
+    """Look up a rotary table (seq_len, D/2) at rows and columns (B, T, 2): (B, T, D/2).
 
-    Where both coordinates are equal, as in text, these are the rows of one dimension (interleaved M-RoPE, arXiv 2409.12191).
+    Even frequencies encode the row, odd ones the column (interleaved M-RoPE, arXiv 2409.12191).
+    Where row equals column, as in text, the result is that of one-dimensional positions.
     """
-    rows, columns = table[positions].unbind(2)  # (B, T, D/2) each
-    odd = torch.arange(table.shape[-1], device=table.device) % 2 == 1
-    return torch.where(odd, columns, rows)
+    row, column = table[position_ids].unbind(2)  # (B, T, D/2) each
+    odd = torch.arange(table.shape[-1], device=table.device) % 2 == 1  # (D/2,)
+    return torch.where(odd, column, row)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (B, T, H, D) by angles ([B,] T, D/2); dimension i is paired with i + D/2 as in Hugging Face Llama."""
+    """Rotate (B, T, H, D) by angles ([B,] T, D/2), pairing i with i + D/2 as Hugging Face Llama."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # ([B,] T, 1, D/2)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)  # (B, T, H, D)
 
 
 class KVCache:
-    """What decoding keeps of the positions seen so far, so that it computes each once: keys, values, what Canon layers saw."""
+    """Keys, values and recent Canon inputs of past positions, so each is computed only once."""
 
     def __init__(
         self,
@@ -145,34 +163,40 @@ class KVCache:
         dtype: torch.dtype,
     ):
         shape = (2, config.n_layers, batch, config.n_kv_heads, max_len, config.d_head)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
-        self.recent: dict[Canon, Tensor] = {}  # (B, canon, C) each
+        self.kv = torch.empty(shape, device=device, dtype=dtype)  # (2, n_layers, B, G, max_len, D)
+        self.recent: dict[Canon, Tensor] = {}  # last inputs of each Canon layer, (B, canon, C)
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v, each (B, G, T, D), behind what `layer` holds; return all of it. `Llama` moves `length`."""
+        """Append k and v (B, G, T, D) to a layer and return all its keys and values.
+
+        The caller advances `length` once every layer has appended.
+        """
         end = self.length + k.shape[2]
         self.kv[0, layer, :, :, self.length : end] = k
         self.kv[1, layer, :, :, self.length : end] = v
-        return self.kv[0, layer, :, :, :end], self.kv[1, layer, :, :, :end]
+        return self.kv[0, layer, :, :, :end], self.kv[1, layer, :, :, :end]  # (B, G, end, D) each
 
 
 class Canon(nn.Module):
-    """Canon layer (arXiv 2512.17351): a position plus the few before it, each weighted by channel, a short causal convolution."""
+    """Canon layer (arXiv 2512.17351): a residual, causal depthwise convolution over positions."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.canon, config.d_model))
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
-        n, T = len(self.weight), x.shape[1]
-        past = cache.recent.get(self) if cache is not None else None
-        x = F.pad(x, (0, 0, n, 0)) if past is None else torch.cat((past, x), dim=1)  # (B, n + T, C)
+        K, T = len(self.weight), x.shape[1]
+        past = cache.recent.get(self) if cache is not None else None  # (B, K, C)
+        x = F.pad(x, (0, 0, K, 0)) if past is None else torch.cat((past, x), dim=1)  # (B, K + T, C)
         if cache is not None:
-            cache.recent[self] = x[:, -n:]
-        return x[:, n:] + sum(
-            x[:, n - i : n - i + T] * w for i, w in enumerate(self.weight.to(x.dtype), start=1)
-        )
+            cache.recent[self] = x[:, -K:]  # (B, K, C)
+        return x[:, K:] + sum(
+            x[:, K - i : K - i + T] * w for i, w in enumerate(self.weight.to(x.dtype), start=1)
+        )  # (B, T, C)
+
+
+# ---- attention
 
 
 class Attention(nn.Module):
@@ -184,37 +208,38 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.d_model, kv_dim)
         self.v_proj = Linear(config.d_model, kv_dim)
         self.o_proj = Linear(config.d_model, config.d_model)
-        self.v_embed_proj = Linear(config.d_model, kv_dim) if config.value_shortcut else None
+        self.v_embed_proj = Linear(config.d_model, kv_dim) if config.value_embed else None
         self.q_norm = RMSNorm(config.d_head)
         self.k_norm = RMSNorm(config.d_head)
 
     def forward(
-        self, x: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None
+        self, x: Tensor, embedding: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None
     ) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if (
-            self.v_embed_proj is not None
-        ):  # value embeddings as projections: deep layers do not lose which token it was
-            v = v + self.v_embed_proj(embedded)
-        q, k, v = (y.view(B, T, -1, self.d_head) for y in (q, k, v))  # (B, T, H or G, D)
+        q = self.q_proj(x).view(B, T, -1, self.d_head)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.d_head)  # (B, T, G, D)
+        v = self.v_proj(x)  # (B, T, G * D)
+        if self.v_embed_proj is not None:
+            v = v + self.v_embed_proj(embedding)  # (B, T, G * D)
+        v = v.view(B, T, -1, self.d_head)  # (B, T, G, D)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
-        mask, causal = None, True
+        past = cache.length if cache is not None else 0
         if cache is not None:
-            past = cache.length
             k, v = cache.append(self.layer, k, v)  # (B, G, past + T, D)
-            if past:  # is_causal would align the mask with the first key, not the last; one position sees them all
-                mask = (
-                    torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-                    if T > 1
-                    else None
-                )
-                causal = False
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
+        # is_causal would align the mask with the first key, not the last; T = 1 needs no mask
+        mask = (
+            torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+            if past and T > 1
+            else None
         )
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=past == 0, enable_gqa=True
+        )  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+
+
+# ---- MLP
 
 
 class MLP(nn.Module):
@@ -224,7 +249,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.d_ff, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.relu(self.up_proj(x)).square())
+        # squared ReLU, arXiv 2109.08668
+        return self.down_proj(F.relu(self.up_proj(x)).square())  # (B, T, F) inside, (B, T, C) out
+
+
+# ---- block
 
 
 class Block(nn.Module):
@@ -234,19 +263,21 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.d_model)
         self.mlp = MLP(config)
-        self.attn_canon, self.mlp_canon = (
-            (Canon(config), Canon(config)) if config.canon else (None, None)
-        )
+        self.attn_canon = Canon(config) if config.canon else None
+        self.mlp_canon = Canon(config) if config.canon else None
 
     def forward(
-        self, x: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None
+        self, x: Tensor, embedding: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None
     ) -> Tensor:
         h = self.attn_norm(x)
-        x = x + self.attn(
-            self.attn_canon(h, cache) if self.attn_canon else h, embedded, cos, sin, cache
-        )
+        h = self.attn_canon(h, cache) if self.attn_canon is not None else h
+        x = x + self.attn(h, embedding, cos, sin, cache)
         h = self.mlp_norm(x)
-        return x + self.mlp(self.mlp_canon(h, cache) if self.mlp_canon else h)
+        h = self.mlp_canon(h, cache) if self.mlp_canon is not None else h
+        return x + self.mlp(h)
+
+
+# ---- Llama
 
 
 class Llama(nn.Module):
@@ -258,105 +289,127 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model)
-        self.cells = nn.Embedding(config.cells, config.d_model) if config.cells else None
-        self.affixes = nn.Embedding(config.affixes, config.d_model) if config.affixes else None
-        if config.affixes:  # which of them each token has, -1 for none: data.tokenizer.spelling
+        self.image_positions = (
+            nn.Embedding(config.n_image_positions, config.d_model)
+            if config.n_image_positions
+            else None
+        )
+        self.subwords = nn.Embedding(config.subwords, config.d_model) if config.subwords else None
+        if config.subwords:  # subwords of each token, -1 for none; filled in by the training script
             self.register_buffer(
-                "spelling", torch.full((config.vocab_size, SPELLING), -1, dtype=torch.int32)
+                "token_subwords",
+                torch.full((config.vocab_size, MAX_SUBWORDS), -1, dtype=torch.int32),
             )
         cos, sin = rotary_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw every weight anew. Raises ValueError at a parameter this does not know."""
+        """Initialize every parameter. Raises ValueError if a parameter has no rule here."""
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 nn.init.ones_(p)
-            elif name.endswith(("affixes.weight", "canon.weight")):
+            elif name.endswith(("subwords.weight", "canon.weight")):
                 nn.init.zeros_(p)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02, generator=generator)
             else:
-                raise ValueError(
-                    f"no initialization for parameter {name} of shape {tuple(p.shape)}"
-                )
+                raise ValueError(f"no initialization for parameter {name}; add a rule for it")
 
-    def vectors(self, tokens: Tensor | slice) -> Tensor:
-        """Embeddings (..., C) of tokens or of rows of the vocabulary: own vectors plus those of affixes (arXiv 1607.04606)."""
+    def embed_tokens(self, tokens: Tensor | slice) -> Tensor:
+        """Embeddings (..., C) of tokens (...) or of a slice of the vocabulary.
+
+        An embedding is the token's own vector plus those of its subwords (arXiv 1607.04606).
+        """
         own = self.embed.weight[tokens] if isinstance(tokens, slice) else self.embed(tokens)
-        if self.affixes is None:
+        if self.subwords is None:
             return own
-        padded = F.pad(self.affixes.weight, (0, 0, 1, 0))  # row 0 stands for none
-        bags = self.spelling[tokens].flatten(0, -2) + 1
+        padded = F.pad(self.subwords.weight, (0, 0, 1, 0))  # (1 + subwords, C); index 0 means none
+        bags = self.token_subwords[tokens].flatten(0, -2) + 1  # (tokens, MAX_SUBWORDS)
+        # the sum of each token's subwords, (tokens, C) viewed as (..., C)
         return own + F.embedding_bag(bags, padded, mode="sum", padding_idx=0).view_as(own)
 
     @torch.no_grad()
-    def fold(self) -> "Llama":
-        """Add the affixes to the embedding for good: the same function as a plain table, for when training is over."""
-        self.embed.weight.copy_(self.vectors(slice(None)))
-        self.config, self.affixes, self.spelling = replace(self.config, affixes=0), None, None
+    def fold_subwords(self) -> "Llama":
+        """Fold the subword embeddings into `embed` after training; the function stays the same."""
+        self.embed.weight.copy_(self.embed_tokens(slice(None)))
+        self.config = replace(self.config, subwords=0)
+        self.subwords = self.token_subwords = None
         return self
 
     def hidden(
         self,
         tokens: Tensor,
         cache: KVCache | None = None,
-        layout: tuple[Tensor, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        target_positions: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads, (B, T, C), for tokens (B, T).
+        """Final hidden states (B, T, C) of tokens (B, T).
 
-        With a cache, `tokens` follow the positions the cache holds, and the cache takes them in. The layout of a
-        sequence with a picture is the row and column of each token (B, T, 2) and the cell (B, T) whose word it predicts,
-        -1 for none; without one, tokens stand in a row.
+        Args:
+            tokens: (B, T); with a cache, they follow the positions it holds and are added to it.
+            cache: keys and values of earlier positions.
+            position_ids: (B, T, 2), row and column of each token; default: 0, 1, 2, ... for both.
+            target_positions: (B, T), image position whose token each position predicts, or -1;
+                given together with position_ids or not at all.
         """
-        past, T = cache.length if cache is not None else 0, tokens.shape[1]
+        T = tokens.shape[1]
+        past = cache.length if cache is not None else 0
         assert past + T <= self.config.seq_len, (
             f"{past} + {T} positions, seq_len is {self.config.seq_len}"
         )
-        x = self.vectors(tokens)  # (B, T, C)
-        if layout is None:
-            cos, sin = self.cos[past : past + T], self.sin[past : past + T]
+        assert (position_ids is None) == (target_positions is None), (
+            "only one of position_ids and target_positions is given; pass both or neither"
+        )
+        x = self.embed_tokens(tokens)  # (B, T, C)
+        if position_ids is None:
+            cos, sin = self.cos[past : past + T], self.sin[past : past + T]  # (T, D/2) each
         else:
-            positions, cells = layout
-            cos, sin = axial(self.cos, positions), axial(self.sin, positions)
-            x = x + self.cells(cells.clamp(min=0)) * (cells >= 0)[..., None]
-        # scaled, because what suits the tied head as weights is small beside what the blocks add (arXiv 1706.03762)
+            # (B, T, D/2) each
+            cos, sin = rotary_2d(self.cos, position_ids), rotary_2d(self.sin, position_ids)
+            x = x + (
+                self.image_positions(target_positions.clamp(min=0))  # (B, T, C)
+                * (target_positions >= 0)[..., None]  # (B, T, 1)
+            )
+        # scaled: the std that suits the tied head is small next to block outputs (arXiv 1706.03762)
         x = x.to(self.compute_dtype) * math.sqrt(self.config.d_model)
-        embedded = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        embedding = F.rms_norm(x, x.shape[-1:], eps=1e-6) if self.config.value_embed else None
         for block in self.blocks:
-            x = block(x, embedded, cos, sin, cache)
+            x = block(x, embedding, cos, sin, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)
 
-    def head(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Logits (..., V) in fp32 of hidden x (..., C), over the given rows of the vocabulary alone."""
-        return F.linear(x, self.vectors(rows).to(x.dtype)).float()
+    def head(self, x: Tensor, vocab_slice: slice = slice(None)) -> Tensor:
+        """Logits (..., V) in fp32 of hidden states x (..., C), over a slice of the vocabulary."""
+        return F.linear(x, self.embed_tokens(vocab_slice).to(x.dtype)).float()  # (..., V)
 
-    def loss(self, x: Tensor, targets: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Mean loss in nats per token of hidden x (B, T, C), over the given rows; targets (B, T) count from the first."""
-        return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.vectors(rows), targets.flatten())
+    def loss(self, x: Tensor, targets: Tensor, vocab_slice: slice = slice(None)) -> Tensor:
+        """Mean loss in nats per token of hidden states x (B, T, C) over a slice of the vocabulary.
+
+        Targets (B, T) are indices into the slice.
+        """
+        return ChunkedCrossEntropy.apply(
+            x.flatten(0, 1), self.embed_tokens(vocab_slice), targets.flatten()
+        )
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Logits (B, T, V) in fp32 for tokens (B, T), or with targets (B, T) the mean loss in nats per token."""
+        """Logits (B, T, V) in fp32 for tokens (B, T); with targets (B, T), mean nats per token."""
         x = self.hidden(tokens, cache)
         return self.head(x) if targets is None else self.loss(x, targets)
 
     def n_params(self) -> int:
-        """Weights in all, the tied embedding counted once."""
+        """Number of parameters; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Forward and backward FLOPs a training token: 6 a matrix weight, plus causal attention over seq_len."""
-        matrices = sum(
-            p.numel()
-            for name, p in self.named_parameters()
-            if name.endswith(("embed.weight", "_proj.weight"))
+        """Training FLOPs per token: 6 per matrix weight, plus causal attention over seq_len."""
+        matrices = self.embed.weight.numel() + sum(
+            m.weight.numel() for m in self.modules() if isinstance(m, Linear)
         )
-        return 6 * matrices + 6 * self.config.n_layers * self.config.d_model * self.config.seq_len
+        return 6 * (matrices + self.config.n_layers * self.config.d_model * self.config.seq_len)
 
     @torch.no_grad()
     def generate(
@@ -368,43 +421,95 @@ class Llama(nn.Module):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        rows: slice = slice(None),
+        vocab_slice: slice = slice(None),
     ) -> Iterator[Tensor]:
-        """Yield the tokens that follow prompt (B, T), one (B,) at a time, at most until seq_len is full.
+        """Yield the tokens (B,) that follow prompt (B, T), one position at a time.
 
-        Row i draws from generators[i] alone, so a row does not depend on the rows beside it. Only the given rows of the
-        vocabulary, a slice from 0 on, may follow.
+        Stops after max_tokens or when seq_len is full. Sequence i samples from generators[i] only,
+        so it does not depend on the rest of the batch. Only tokens of `vocab_slice`, which must
+        start at 0, are generated. See `sample` for temperature, top_k and top_p.
         """
         B, T = prompt.shape
-        assert len(generators) == B, f"{len(generators)} generators for {B} rows"
+        assert len(generators) == B, f"{len(generators)} generators for a batch of {B}"
         end = min(T + max_tokens, self.config.seq_len)
         cache = KVCache(self.config, B, end, prompt.device, self.compute_dtype)
         tokens = prompt
         for _ in range(end - T):
-            logits = self.head(self.hidden(tokens, cache)[:, -1], rows)  # (B, V)
+            logits = self.head(self.hidden(tokens, cache)[:, -1], vocab_slice)  # (B, V)
             uniforms = torch.cat([torch.rand(1, generator=g) for g in generators]).to(logits.device)
             tokens = sample(logits, uniforms, temperature, top_k, top_p)[:, None]  # (B, 1)
             yield tokens[:, 0]
 
 
+# ---- sampling
+
+
 def sample(
     logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
 ) -> Tensor:
-    """The token of each row of logits (B, V) where its cumulative probability passes uniforms (B,) in [0, 1): (B,).
+    """Sample one token per sequence (B,) from logits (B, V) by inverting the distribution function.
 
-    temperature 0 takes the likeliest; top_k > 0 keeps the k likeliest; top_p < 1 keeps the smallest set of
-    tokens whose probabilities reach p (arXiv 1904.09751).
+    Args:
+        logits: (B, V).
+        uniforms: (B,), random numbers in [0, 1).
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep only the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probabilities sum to p (arXiv 1904.09751);
+            1 keeps all.
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1)  # (B,)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]
+        kth = logits.topk(top_k).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
     probs = logits.softmax(-1)
     if top_p < 1:
         sorted_probs, order = probs.sort(-1, descending=True)
         outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the first token always stays
         probs = probs.masked_fill(outside.scatter(1, order, outside), 0)
-    mass = probs.double().cumsum(-1)  # in fp32 a uniform near 1 could pass the end
-    return (mass <= uniforms[:, None] * mass[:, -1:]).sum(-1)
+    mass = probs.double().cumsum(-1)  # fp64: fp32 sums lose the rare tokens of a large vocabulary
+    return (mass <= uniforms[:, None] * mass[:, -1:]).sum(-1)  # (B,)
+
+
+# ---- loss
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean loss in nats of hidden states (N, C), head weight (V, C) and targets (N,).
+
+    It never holds all (N, V) logits: it works on a chunk of positions at a time and computes the
+    gradients in the forward pass, while the chunk's logits exist, so nothing is computed twice. The
+    idea is Liger Kernel's (arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        w = weight.to(h.dtype)
+        train = ctx.needs_input_grad[0]
+        grad_h = torch.empty_like(h) if train else None
+        grad_w = torch.zeros_like(weight) if train else None
+        total = torch.zeros((), device=h.device)
+        size = max(1, CHUNK_LOGITS // len(weight))
+        for start in range(0, len(h), size):
+            chunk = h[start : start + size]  # (size, C)
+            target = targets[start : start + size, None]  # (size, 1)
+            log_probs = (chunk @ w.T).log_softmax(-1, dtype=torch.float32)  # (size, V)
+            correct = log_probs.gather(1, target)  # (size, 1)
+            total -= correct.sum()
+            if train:
+                grad = (
+                    log_probs.exp_()  # softmax
+                    .scatter_add_(1, target, torch.full_like(correct, -1.0))  # minus 1 at target
+                    .to(h.dtype)
+                )  # (size, V)
+                grad_h[start : start + size] = grad @ w  # (size, C)
+                grad_w += grad.T @ chunk  # (V, C)
+        ctx.save_for_backward(grad_h, grad_w)
+        return total / len(h)
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):
+        grad_h, grad_w = ctx.saved_tensors
+        scale = grad_loss / len(grad_h)
+        return grad_h * scale, grad_w * scale, None

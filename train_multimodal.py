@@ -1,130 +1,128 @@
-"""Train a transformer on captions and pictures in one stream of words and visual words.
+"""Train a transformer on captions and image tokens in one sequence (text-to-image from scratch).
 
-    python train_multimodal.py --config configs/multimodal_cifar10.yaml --vqvae NAME      # 40M parameters, one GPU
-    python train_multimodal.py --config configs/multimodal_demo.yaml --vqvae NAME         # minutes on a laptop
-    python train_multimodal.py --run NAME --resume                                        # go on where NAME stopped
+    python train_multimodal.py --config configs/multimodal_cifar10.yaml --vqvae NAME   # one GPU
+    python train_multimodal.py --config configs/multimodal_demo.yaml --vqvae NAME      # a laptop
+    python train_multimodal.py --run NAME --resume               # continue a stopped run
 
-NAME after --vqvae is a run of train_vqvae.py. A sequence is `[BOS] caption <seg_start> visual words <seg_end> [EOS]`.
+--vqvae NAME is a run of train_vqvae.py. A sequence is
+`[BOS] caption <seg_start> image tokens <seg_end> [EOS]`.
 """
 
-import json
 import math
 import shutil
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from common import (
-    Clock,
-    Count,
-    Interrupt,
+from common.config import (
+    HumanInt,
     RunConfig,
     UserError,
+    build_from_saved,
+    check_fractions,
     check_not_negative,
     check_positive,
-    check_run,
-    check_shares,
-    checkpoints,
-    device_name,
-    find_run,
-    fitting_sequences,
-    load_checkpoint,
-    milestones,
-    open_run,
-    ramp,
-    resolve_device,
     run_script,
-    save_checkpoint,
-    stop,
+)
+from common.device import Clock, fitting_sequences, resolve_device
+from common.loop import (
+    check_finite,
+    clipped_norm,
+    finished_summary,
+    print_setup,
+    ramp,
+    resolve_steps,
+    restored,
+    set_lr,
+    training_loop,
     trapezoid,
+    update,
 )
-from data.images import (
-    CodeCache,
-    ImageConfig,
-    load_pictures,
-    load_pixels,
-    picks,
-    scaled,
-    sheet,
-    spread,
-    to_uint8,
-)
-from data.order import batch_indices, prefetch
-from data.stream import Stream
-from data.text import DataConfig, Tokens, file_sha256, prepare
-from data.tokenizer import load_tokenizer
-from generate import draw, load_vqvae
-from metrics import Metrics, evaluated, read_metrics
+from common.metrics import Metrics, evaluations
+from common.run import check_run, find_run, load_checkpoint, open_run, resume, save_checkpoint
+from data.captions import TokenizedImages, caption, caption_tokenizer, tokenized
+from data.images import ImageConfig, image_grid, load_images, to_float, to_uint8
+from data.order import batch_epochs, batch_indices, evenly_spaced, prefetch
+from data.source import file_sha256
+from data.text import DataConfig, Tokens, prepare_tokens
 from model import Llama, ModelConfig
+from multimodal import ImageTextFormat, image_text_losses, text_loss
 from muon import build_optimizers
-
-TOKENIZER_CAPTIONS = 20_000  # captions that a bpe-N tokenizer is trained on
+from sampling import generate_images, load_vqvae
+from vqvae import VQVAE
 
 
 @dataclass
 class CaptionConfig(ImageConfig):
-    """Pictures, captions and their tokenizer."""
+    """Images, captions and their tokenizer."""
 
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
-    """Hub name or local folder of a tokenizer, or bpe-N: a byte-level BPE of N entries trained on the captions."""
+    """Tokenizer of the captions: a hub name, a local folder, or bpe-N for a byte-level BPE with N
+    entries trained on the captions."""
 
 
 @dataclass
 class Config(RunConfig):
-    """Settings of a run. `auto` is filled in and printed at the start."""
+    """Settings of a text-and-image run; `auto` is resolved and printed at the start."""
 
+    stage: Literal["multimodal"] = "multimodal"
+    """Stage that the run belongs to; fixed for this script."""
     vqvae: str = ""
-    """Run of train_vqvae.py that turns pictures into visual words; the new run keeps a copy of it."""
+    """Run of train_vqvae.py whose codes are the image tokens; the new run keeps a copy of it."""
     init_from: str = ""
-    """Run of train_llm.py of the same shape and tokenizer whose weights to start from; empty: from scratch."""
-    sequences: Count = Count("1M")
-    """Budget: sequences to train on."""
+    """Run of train_llm.py, of the same model shape and tokenizer, to take the initial weights from.
+    Empty: random weights."""
+    sequences: HumanInt = HumanInt("1M")
+    """Budget in training sequences."""
     batch_sequences: int = 128
-    """Sequences a step."""
-    text_mix: float = 0.0
-    """Share of the sequences that are plain text, so that the model goes on writing."""
+    """Sequences per step."""
+    text_frac: float = 0.0
+    """Fraction of the sequences that are plain text, so that the model keeps its language."""
     text_source: str | dict[str, float] = field(default_factory=lambda: DataConfig().source)
-    """Where that text comes from, as train_llm.py's --data.source."""
-    null_prob: float = 0.1
-    """Share of captions put out of sight, for guidance."""
+    """Source of the plain text: anything that --data.source of train_llm.py accepts."""
+    caption_dropout: float = 0.1
+    """Fraction of captions dropped in training, which classifier-free guidance needs."""
     text_weight: float = 0.1
-    """Weight of the captions' loss beside the pictures'."""
+    """Weight of the caption loss; the image loss has weight 1."""
     muon_lr: float = 0.02
-    """Muon's peak learning rate, for the matrices of the blocks."""
+    """Muon's peak learning rate, for the weight matrices of the blocks."""
     muon_wd: float | Literal["auto"] = "auto"
-    """Muon's weight decay; auto: lr * wd * steps is 4, but lr * wd at most 0.02."""
+    """Muon's weight decay. auto: 4 / (muon_lr * steps), but at most 0.02 / muon_lr."""
     adamw_lr: float = 0.005
     """AdamW's peak learning rate, for embeddings and norms."""
     adamw_beta2: float = 0.98
-    """Decay of AdamW's second moment."""
+    """AdamW's decay rate of the second moment."""
     warmup_frac: float = 0.02
-    """Share of the budget over which the learning rate rises."""
+    """Fraction of the budget over which the learning rate rises to its peak."""
     cooldown_frac: float = 0.6
-    """Share of the budget over which it falls at the end."""
+    """Fraction of the budget, at the end, over which the learning rate falls."""
     lr_floor: float = 0.05
-    """What it falls to, as a share of the peak."""
+    """Final learning rate as a fraction of the peak."""
     momentum_warmup_frac: float | Literal["auto"] = "auto"
-    """Share of the budget over which Muon's momentum rises from 0.85 to 0.95; auto: 0.15, at most 300 steps."""
+    """Fraction of the budget over which Muon's momentum rises from 0.85 to 0.95. auto: 0.15, at
+    most 300 steps."""
     eval_every: float = 0.1
-    """Share of the budget between evaluations; 0 evaluates at the end only."""
+    """Fraction of the budget between evaluations. 0: evaluate only at the end."""
     eval_sequences: int = 500
-    """Validation pictures of an evaluation, spread evenly over those there are."""
+    """Validation images per evaluation, evenly spaced over all of them."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Prompts drawn at every evaluation, with the same seeds; empty: captions of validation pictures."""
+    """Prompts of the images generated at every evaluation. Empty: captions of validation images."""
     sample_n: int = 16
-    """Pictures drawn then; 0: none."""
+    """Images generated at every evaluation, always with the same seeds. 0: none."""
     guidance: float = 2.0
-    """How far pictures follow the prompt: in training, and where generate.py is not told otherwise."""
+    """Scale of classifier-free guidance for these samples, and generate.py's default for this run.
+    1: no guidance; more than 1: follow the prompt more strongly."""
     temperature: float = 1.0
-    """Temperature of pictures, likewise."""
+    """Sampling temperature for these samples, and generate.py's default for images of this run."""
     top_p: float = 1.0
-    """Their likeliest visual words that together reach this probability, likewise."""
+    """Nucleus sampling for these samples, and generate.py's default for images of this run. 1:
+    off."""
     data: CaptionConfig = field(default_factory=CaptionConfig)
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig(
@@ -135,287 +133,348 @@ class Config(RunConfig):
             n_kv_heads=4,
             d_ff=1024,
             seq_len=1060,
-            cells=1024,
+            n_image_positions=1024,
         )
     )
 
 
+# ---- recipe
 def resolve_recipe(cfg: Config) -> tuple[int, int]:
-    """Fill in what the budget decides; the number of steps and the rows of plain text in each. Raises UserError."""
-    check_positive(cfg, "sequences", "batch_sequences", "muon_lr", "adamw_lr", "eval_sequences")
-    check_not_negative(cfg, "seed", "text_weight", "sample_n", "guidance", "temperature")
-    check_shares(
-        cfg,
-        "top_p",
-        "text_mix",
-        "null_prob",
-        "adamw_beta2",
-        "warmup_frac",
-        "cooldown_frac",
-        "lr_floor",
-        "eval_every",
-        "save_every",
-    )
-    steps, text_rows = (
-        cfg.sequences // cfg.batch_sequences,
-        round(cfg.text_mix * cfg.batch_sequences),
-    )
-    if steps < 1:
+    """Fill in what follows from the budget; returns the steps and the plain-text sequences in each.
+
+    Raises UserError.
+    """
+    check_positive(cfg, "muon_lr", "adamw_lr", "eval_sequences")
+    check_not_negative(cfg, "text_weight", "sample_n", "guidance", "temperature")
+    check_fractions(cfg, "top_p", "text_frac", "caption_dropout", "adamw_beta2", "lr_floor")
+    steps = resolve_steps(cfg, "sequences", "batch_sequences")
+    n_text = round(cfg.text_frac * cfg.batch_sequences)
+    if cfg.text_frac and not 0 < n_text < cfg.batch_sequences:
         raise UserError(
-            f"--sequences {cfg.sequences} is less than one step of --batch_sequences {cfg.batch_sequences}"
+            f"--text_frac {cfg.text_frac} makes {n_text} of {cfg.batch_sequences} sequences text; "
+            "choose a fraction that leaves some of both, or 0"
         )
-    if cfg.text_mix and not 0 < text_rows < cfg.batch_sequences:
+    if cfg.model.subwords:
         raise UserError(
-            f"--text_mix {cfg.text_mix} makes {text_rows} of {cfg.batch_sequences} sequences text: it must be some"
-        )
-    if cfg.model.affixes:
-        raise UserError(
-            f"--model.affixes {cfg.model.affixes}: visual words have no spelling; leave it at 0"
+            f"--model.subwords is {cfg.model.subwords}; image tokens have no spelling, so leave it "
+            "at 0"
         )
     if cfg.muon_wd == "auto":
         cfg.muon_wd = min(4 / steps, 0.02) / cfg.muon_lr
     if cfg.momentum_warmup_frac == "auto":
         cfg.momentum_warmup_frac = min(0.15, 300 / steps)
-    if cfg.log_every == "auto":
-        cfg.log_every = max(1, steps // 50)
     check_not_negative(cfg, "muon_wd")
-    check_positive(cfg, "log_every")
-    return steps, text_rows
+    return steps, n_text
 
 
-# ------------------------------------------------------------------------------------------------------------ loss
-def picture_hidden(
-    model: Llama, stream: Stream, tokens: Tensor, starts: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For sequences (B, T): hidden states (B, T, C), those that predict visual words (B, image_tokens, C), their codes."""
-    hidden = model.hidden(tokens, layout=stream.layout(starts, tokens.shape[1]))
-    places = starts[:, None] + torch.arange(
-        stream.image_tokens, device=tokens.device
-    )  # (B, image_tokens)
-    before = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-    return hidden, before, tokens.gather(1, places + 1) - stream.first_code
+def resolve_micro_batch(cfg: Config, device: torch.device) -> None:
+    """Fill in cfg.micro_batch by what fits the device. Raises UserError."""
+    if cfg.micro_batch == "auto":
+        cfg.micro_batch = max(1, min(cfg.batch_sequences, int(fitting_sequences(cfg, device))))
+    check_positive(cfg, "micro_batch")
 
 
-def picture_losses(
-    model: Llama, stream: Stream, tokens: Tensor, starts: Tensor, told: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mean losses, in nats a token, of the visual words and of the captions of sequences (B, T).
+# ---- data
+def open_vqvae(cfg: Config, run: Path, device: torch.device) -> tuple[VQVAE, Path]:
+    """The frozen VQ-VAE and its checkpoint: the run's own copy if there is one, else --vqvae.
 
-    At every position it is known what may follow: visual words are scored among visual words alone, words of a caption
-    among words and <seg_start>; <seg_end> and [EOS] are certain. Captions where `told` (B,) is false are not scored.
+    Raises UserError.
     """
-    hidden, before, codes = picture_hidden(model, stream, tokens, starts)
-    image = model.loss(before, codes, stream.code_rows)
-    L = stream.caption_tokens + 1
-    spoken = (torch.arange(L, device=tokens.device) < starts[:, None]) & told[:, None]  # (B, L)
-    words = tokens[:, 1 : L + 1].where(spoken, -100)
-    logits = model.head(hidden[:, :L], stream.text_rows)  # (B, L, words and <seg_start>)
-    text = F.cross_entropy(
-        logits.flatten(0, 1), words.flatten(), ignore_index=-100, reduction="sum"
+    if not cfg.vqvae:
+        raise UserError("--vqvae is missing; pass a run of train_vqvae.py")
+    copy = run / "vqvae"
+    _, checkpoint, _ = find_run(str(copy) if copy.exists() else cfg.vqvae)
+    return load_vqvae(str(checkpoint), device, getattr(torch, cfg.dtype)), checkpoint
+
+
+def copy_vqvae(checkpoint: Path, run: Path) -> None:
+    """Copy the VQ-VAE into the run, so that the run does not depend on another one."""
+    copy, tmp = run / "vqvae", run / "vqvae.tmp"
+    if copy.exists():
+        return
+    target = tmp / "checkpoints" / checkpoint.name
+    skip = shutil.ignore_patterns("optimizer.pt")
+    shutil.copytree(checkpoint, target, dirs_exist_ok=True, ignore=skip)
+    shutil.copy(checkpoint.parent.parent / "config.yaml", tmp)
+    tmp.rename(copy)
+
+
+def tokenize_images(
+    cfg: Config, vqvae: VQVAE, checkpoint: Path, data, n_images: int
+) -> TokenizedImages:
+    """Image tokens of a dataset: for n_images training images, or 0 for validation.
+
+    On a CPU they are cached on disk. A GPU encodes training images in every step, because that is
+    faster than reading many augmented epochs from disk.
+    """
+    size, device = vqvae.config.image_size, torch.device(cfg.device)
+
+    def encode(pixels: Tensor) -> Tensor:
+        parts = [to_float(part, size, device) for part in pixels.split(32)]
+        return torch.cat([vqvae.encode(part).flatten(1) for part in parts])  # (B, N)
+
+    return tokenized(
+        data,
+        encode,
+        cache_dir=cfg.data.cache,
+        weights_sha256=file_sha256(checkpoint / "model.safetensors"),
+        n_epochs=max(1, -(-n_images // len(data))),
+        augment=cfg.data.augment and n_images > 0,
+        n_image_tokens=vqvae.config.grid**2,
+        cached=device.type == "cpu" or n_images == 0,
     )
-    return image, text / spoken.sum().clamp(min=1)
 
 
-def text_loss(model: Llama, stream: Stream, windows: Tensor) -> Tensor:
-    """Mean loss in nats per token of plain text, windows (B, T + 1)."""
-    return model.loss(model.hidden(windows[:, :-1]), windows[:, 1:], stream.text_rows)
+def validation_set(
+    cfg: Config, fmt: ImageTextFormat, images: TokenizedImages
+) -> tuple[Tensor, Tensor, int]:
+    """Validation sequences (N, T), their starts (N,) and how many captions were truncated."""
+    indices = evenly_spaced(len(images.data), cfg.eval_sequences)
+    captions = [caption(images.data, i, 0) for i in indices]
+    codes = images.read(indices, [0] * len(indices))  # (N, image tokens)
+    prompts = [fmt.prompt(text, truncate=True) for text in captions]
+    tokens, starts = fmt.sequences(prompts, codes)
+    lengths = [len(fmt.text_tokens(text)) for text in captions]
+    return tokens, starts, sum(length > fmt.caption_tokens for length in lengths)
+
+
+def sample_prompts(cfg: Config, fmt: ImageTextFormat, val) -> list[str]:
+    """cfg.sample_n prompts to generate images for. Raises UserError for one that does not fit."""
+    for prompt in cfg.sample_prompts:
+        fmt.prompt(prompt)  # raises now, not at the first evaluation
+    validation = [caption(val, i, 0) for i in evenly_spaced(len(val), cfg.sample_n)]
+    prompts = cfg.sample_prompts or validation
+    return [prompts[i % len(prompts)] for i in range(cfg.sample_n)]
+
+
+def write_image_samples(
+    cfg: Config, path: Path, model: Llama, vqvae: VQVAE, fmt: ImageTextFormat, prompts: list[str]
+) -> None:
+    """Generate an image for each prompt, with the same seeds every time, into one grid."""
+    images = generate_images(
+        model,
+        vqvae,
+        fmt,
+        prompts,
+        [cfg.seed + i for i in range(len(prompts))],
+        guidance=cfg.guidance,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        truncate=True,
+    )
+    image_grid(to_uint8(images), min(8, len(prompts)), titles=prompts).save(path)
+
+
+def load_text(cfg: Config, tokenizer, n_windows: int) -> Tokens:
+    """Plain text for n_windows sequences of seq_len tokens. Raises UserError."""
+    text_config = DataConfig(
+        source=cfg.text_source, tokenizer=cfg.data.tokenizer, cache=cfg.data.cache
+    )
+    needed = n_windows * cfg.model.seq_len + 1
+    text = Tokens(prepare_tokens(text_config, "train", needed, tokenizer), limit=needed)
+    if len(text) <= cfg.model.seq_len:
+        raise UserError(
+            f"--text_source {cfg.text_source} has {len(text)} tokens, fewer than one sequence of "
+            f"{cfg.model.seq_len}; add text"
+        )
+    return text
+
+
+def batch_reader(
+    cfg: Config, fmt: ImageTextFormat, images: TokenizedImages, text: Tokens | None, n_text: int
+) -> Callable[[int], tuple]:
+    """A function from step to prompts, has_caption (B,), image content and text windows."""
+    train, n_images = images.data, cfg.batch_sequences - n_text
+
+    def read(step: int) -> tuple[list[list[int]], Tensor, Tensor, Tensor | None]:
+        indices = batch_indices(step, n_images, len(train), cfg.seed)
+        epochs = batch_epochs(step, n_images, len(train))
+        captions = [caption(train, i, e) for i, e in zip(indices, epochs, strict=True)]
+        prompts = [fmt.prompt(text, truncate=True) for text in captions]
+        draws = np.random.default_rng((cfg.seed, step)).random(n_images)
+        has_caption = draws >= cfg.caption_dropout
+        for i in np.flatnonzero(~has_caption):
+            prompts[i] = fmt.uncond(prompts[i])
+        windows = None
+        if text:
+            n_windows = (len(text) - 1) // cfg.model.seq_len
+            chosen = batch_indices(step, n_text, n_windows, cfg.seed)
+            windows = text.windows(chosen, cfg.model.seq_len)  # (n_text, T + 1)
+        return prompts, torch.from_numpy(has_caption), images.read(indices, epochs), windows
+
+    return read
+
+
+# ---- model
+def load_language_model(model: Llama, name: str, tokenizer) -> None:
+    """Give the model the weights of a language-model run; image tokens keep theirs.
+
+    Raises UserError if the run does not fit.
+    """
+    run, checkpoint, config = find_run(name)
+    if config["stage"] != "llm":
+        raise UserError(f"--init_from {name} is not a train_llm.py run; pass one")
+    source = build_from_saved(ModelConfig, config["model"], run)
+    shared = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta")
+    for key in (*shared, "value_embed", "canon"):
+        theirs, ours = getattr(source, key), getattr(model.config, key)
+        if theirs != ours:
+            raise UserError(
+                f"--init_from {name} has model.{key} {theirs}, but this run has {ours}; "
+                f"set --model.{key} {theirs}"
+            )
+    saved = transformers.AutoTokenizer.from_pretrained(run / "tokenizer")
+    if saved.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
+        raise UserError(
+            f"--init_from {name} has another tokenizer; set --data.tokenizer {run / 'tokenizer'}"
+        )
+    language_model = Llama(source)
+    load_checkpoint(checkpoint, language_model)
+    weights = language_model.fold_subwords().state_dict()
+    n = min(len(tokenizer), source.vocab_size)
+    weights["image_positions.weight"] = model.image_positions.weight.detach()
+    rows = [weights["embed.weight"][:n], model.embed.weight.detach()[n:]]
+    weights["embed.weight"] = torch.cat(rows)  # (V, C)
+    model.load_state_dict(weights)
+
+
+# ---- training and evaluation
+def make_losses(cfg: Config, model: Llama, fmt: ImageTextFormat) -> tuple[Callable, Callable]:
+    """The losses of sequences with an image and of plain text, compiled if cfg.compile."""
+
+    def image_text(tokens: Tensor, starts: Tensor, has_caption: Tensor) -> tuple[Tensor, Tensor]:
+        return image_text_losses(model, fmt, tokens, starts, has_caption)
+
+    def plain_text(windows: Tensor) -> Tensor:
+        return text_loss(model, fmt, windows)
+
+    if not cfg.compile:
+        return image_text, plain_text
+    settings = {"dynamic": False, "fullgraph": True}
+    return torch.compile(image_text, **settings), torch.compile(plain_text, **settings)
+
+
+def backward(
+    cfg: Config, losses: tuple[Callable, Callable], sequences: tuple, windows: Tensor | None
+) -> Tensor:
+    """Accumulate the gradient; returns the mean losses (3,) of images, captions and plain text.
+
+    `sequences` are tokens (B, T), starts (B,) and has_caption (B,); windows are plain text
+    (N, T + 1).
+    """
+    image_text, plain_text = losses
+    n_images, batch = len(sequences[0]), cfg.batch_sequences
+    total = torch.zeros(3, device=sequences[0].device)
+    for part in zip(*(t.split(cfg.micro_batch) for t in sequences), strict=True):
+        image, text = image_text(*part)
+        fraction = len(part[0]) / n_images
+        loss = (image + cfg.text_weight * text) * fraction
+        (loss * n_images / batch).backward()
+        total[:2] += torch.stack([image, text]).detach() * fraction
+    for part in windows.split(cfg.micro_batch) if windows is not None else ():
+        loss, fraction = plain_text(part), len(part) / len(windows)
+        (loss * fraction * len(windows) / batch).backward()
+        total[2] += loss.detach() * fraction
+    return total
 
 
 @torch.no_grad()
 def evaluate(
-    losses, tokens: Tensor, starts: Tensor, micro_batch: int, device: torch.device
+    image_text: Callable, tokens: Tensor, starts: Tensor, micro_batch: int, device: torch.device
 ) -> tuple[float, float]:
-    """Mean losses of visual words and captions over sequences (N, T)."""
+    """Mean losses of image tokens and captions over sequences (N, T), in nats per token."""
     total = torch.zeros(2)
-    for part, start in zip(tokens.split(micro_batch), starts.split(micro_batch)):
-        told = torch.ones(len(part), dtype=torch.bool, device=device)
-        total += (
-            torch.stack(losses(part.to(device), start.to(device), told)).cpu()
-            * len(part)
-            / len(tokens)
-        )
+    parts = zip(tokens.split(micro_batch), starts.split(micro_batch), strict=True)
+    for part, start in parts:
+        has_caption = torch.ones(len(part), dtype=torch.bool, device=device)
+        values = image_text(part.to(device), start.to(device), has_caption)
+        total += torch.stack(values).cpu() * len(part) / len(tokens)
     return total[0].item(), total[1].item()
 
 
-def start_from(model: Llama, name: str, tokenizer) -> None:
-    """Give the model the weights of a language-model run, all but the rows of visual words. Raises UserError."""
-    run, folder, config = find_run(name)
-    if "tokens" not in config:
-        raise UserError(f"--init_from {name} is no run of train_llm.py")
-    shape, wanted = ModelConfig(**config["model"]), model.config
-    for key in (
-        "d_model",
-        "n_layers",
-        "n_heads",
-        "n_kv_heads",
-        "d_ff",
-        "rope_theta",
-        "value_shortcut",
-        "canon",
-    ):
-        if getattr(shape, key) != getattr(wanted, key):
-            raise UserError(
-                f"--init_from {name} has model.{key} {getattr(shape, key)}, this run {getattr(wanted, key)}: "
-                f"set --model.{key} {getattr(shape, key)}"
-            )
-    theirs = transformers.AutoTokenizer.from_pretrained(
-        run / "tokenizer"
-    ).backend_tokenizer.to_str()
-    if theirs != tokenizer.backend_tokenizer.to_str():
-        raise UserError(
-            f"--init_from {name} has another tokenizer: set --data.tokenizer {run / 'tokenizer'}"
-        )
-    source = Llama(shape)
-    load_checkpoint(folder, source)
-    weights = source.fold().state_dict()
-    words = min(len(tokenizer), shape.vocab_size)
-    weights["cells.weight"] = model.cells.weight.detach()
-    weights["embed.weight"] = torch.cat(
-        [weights["embed.weight"][:words], model.embed.weight.detach()[words:]]
+def dummy_batch(cfg: Config, fmt: ImageTextFormat, n_text: int, device: torch.device) -> tuple:
+    """Sequences and plain text of the shapes of a training batch, for compiling."""
+    n_images, T = cfg.batch_sequences - n_text, cfg.model.seq_len
+    zeros = torch.zeros(n_images, dtype=torch.long, device=device)
+    tokens = torch.full((n_images, T), fmt.first_code, device=device)
+    windows = torch.zeros(n_text, T + 1, dtype=torch.long, device=device) if n_text else None
+    return (tokens, zeros + 1, zeros > 0), windows
+
+
+def flops_per_sequence(model: Llama, codebook_size: int) -> float:
+    """Forward and backward FLOPs: the blocks, the head over image tokens and causal attention."""
+    c = model.config
+    weights = sum(p.numel() for p in model.blocks.parameters()) + codebook_size * c.d_model
+    return c.seq_len * (6 * weights + 6 * c.n_layers * c.d_model * c.seq_len)
+
+
+def describe(
+    cfg: Config, run: Path, first: int, model: Llama, fmt: ImageTextFormat, data: str
+) -> None:
+    """Print what is about to run."""
+    in_blocks = sum(p.numel() for p in model.blocks.parameters())
+    n_codes = fmt.vocab_size - fmt.first_code
+    print_setup(
+        cfg,
+        run,
+        first,
+        origin=f"from {cfg.init_from}" if cfg.init_from else "from scratch",
+        model=f"{model.n_params():,} parameters, {in_blocks:,} in blocks; {fmt.n_text:,} text and "
+        f"{n_codes:,} image tokens",
+        data=data,
+        batch=f"{cfg.batch_sequences} sequences, {cfg.micro_batch} per forward pass",
+        recipe=f"muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, adamw_lr {cfg.adamw_lr:.4g}",
     )
-    model.load_state_dict(weights)
+
+
+def describe_data(images: TokenizedImages, n_images: int, val: TokenizedImages, n_val: int) -> str:
+    """What the model is trained on, n_images in all, and validated on, n_val images."""
+    where = f"cached in {images.cache.path}" if images.cache else "encoded while training"
+    epochs = n_images / len(images.data)
+    return (
+        f"{len(images.data):,} images, {epochs:.2f} epochs, image tokens {where}; "
+        f"validation on {n_val} of {len(val.data):,}"
+    )
 
 
 def main(cfg: Config) -> dict:
     """Train as cfg says and return the summary. Raises UserError."""
     # ---- set-up
-    steps, text_rows = resolve_recipe(cfg)
+    steps, n_text = resolve_recipe(cfg)
     device = resolve_device(cfg)
-    if cfg.micro_batch == "auto":
-        cfg.micro_batch = max(1, min(cfg.batch_sequences, int(fitting_sequences(cfg, device))))
-    check_positive(cfg, "micro_batch")
+    resolve_micro_batch(cfg, device)
     run = check_run(cfg)
-    if (run / "summary.json").exists():
-        print(f"{run} is finished; delete the folder to train it anew")
-        return json.loads((run / "summary.json").read_text())
-    if not cfg.vqvae:
-        raise UserError(
-            "--vqvae is missing: name a run of train_vqvae.py, which makes visual words of pictures"
-        )
-    copied = run / "vqvae"
-    vqvae_run, vqvae_folder, _ = find_run(str(copied) if copied.exists() else cfg.vqvae)
-    vqvae = load_vqvae(str(vqvae_folder), device, getattr(torch, cfg.dtype))
-    size, rows = vqvae.config.image_size, cfg.batch_sequences - text_rows
+    if summary := finished_summary(run):
+        return summary
+    batch, n_images = cfg.batch_sequences, cfg.batch_sequences - n_text
 
     # ---- data
-    val = load_pictures(cfg.data, "val", size, captions=True)
-    train = load_pictures(cfg.data, "train", size, captions=True)
-    tokenizer = load_tokenizer(
-        cfg.data,
-        f"captions of {train.id}",
-        lambda: (train.caption(i, 0) for i in spread(train, TOKENIZER_CAPTIONS)),
+    vqvae, vqvae_checkpoint = open_vqvae(cfg, run, device)
+    train, val = (
+        load_images(cfg.data, split, vqvae.config.image_size, captions=True)
+        for split in ("train", "val")
     )
-    stream = Stream(tokenizer, vqvae.config, cfg.model)
-    vqvae_sha256 = file_sha256(vqvae_folder / "model.safetensors")
-
-    def caching(data, n_draws: int, augment: bool) -> CodeCache:
-        key = {"weights": vqvae_sha256, "pictures": data.id, "augment": augment}
-        return CodeCache(cfg.data.cache, key, len(data) * n_draws, stream.image_tokens)
-
-    def encode(data, indices: list[int], draws: list[int] | None) -> Tensor:
-        pixels = load_pixels(data, indices, draws)
-        return torch.cat(
-            [vqvae.encode(scaled(part, size, device)).flatten(1) for part in pixels.split(32)]
-        )
-
-    passes = -(-steps * rows // len(train))
-    cache = caching(train, passes, cfg.data.augment) if device.type == "cpu" else None
-    prompts = cfg.sample_prompts or [val.caption(i, 0) for i in spread(val, cfg.sample_n)]
-    prompts = [prompts[i % len(prompts)] for i in range(cfg.sample_n)]
-    for prompt in cfg.sample_prompts:
-        stream.prompt(
-            prompt
-        )  # raises now what would otherwise stop the run at its first evaluation
-    checked = spread(val, cfg.eval_sequences)
-    val_codes = caching(val, 1, False).get(checked, lambda missing: encode(val, missing, None))
-    captions = [val.caption(i, 0) for i in checked]
-    val_tokens, val_starts = stream.sequences(
-        [stream.prompt(caption, cut=True) for caption in captions], val_codes
-    )
-    n_cut = sum(len(stream.words(caption)) > stream.caption_tokens for caption in captions)
-    text = None
-    if text_rows:
-        texts = DataConfig(
-            source=cfg.text_source, tokenizer=cfg.data.tokenizer, cache=cfg.data.cache
-        )
-        needed = steps * text_rows * cfg.model.seq_len + 1
-        text = Tokens(prepare(texts, "train", needed, tokenizer), limit=needed)
-        if len(text) <= cfg.model.seq_len:
-            raise UserError(
-                f"--text_source {cfg.text_source} has {len(text)} tokens, fewer than one sequence of "
-                f"{cfg.model.seq_len}: give more text"
-            )
-
-    def read(step: int):
-        indices, draws = picks(step, rows, len(train), cfg.seed)
-        prompts = [stream.prompt(train.caption(i, d), cut=True) for i, d in zip(indices, draws)]
-        told = np.random.default_rng((cfg.seed, step)).random(rows) >= cfg.null_prob
-        prompts = [prompt if said else stream.null(prompt) for prompt, said in zip(prompts, told)]
-        draws = draws if cfg.data.augment else None
-        if cache:
-            wanted = [d * len(train) + i for i, d in zip(indices, draws or [0] * rows)]
-            content = cache.get(
-                wanted,
-                lambda missing: encode(
-                    train,
-                    [row % len(train) for row in missing],
-                    draws and [row // len(train) for row in missing],
-                ),
-            )
-        else:
-            content = load_pixels(train, indices, draws)
-        windows = None
-        if text:
-            n_windows = (len(text) - 1) // cfg.model.seq_len
-            windows = text.windows(
-                batch_indices(step, text_rows, n_windows, cfg.seed), cfg.model.seq_len
-            ).to(device)
-        return prompts, torch.from_numpy(told), content, windows
+    tokenizer = caption_tokenizer(cfg.data, train)
+    fmt = ImageTextFormat(tokenizer, vqvae.config, cfg.model)
+    images = tokenize_images(cfg, vqvae, vqvae_checkpoint, train, steps * n_images)
+    val_images = tokenize_images(cfg, vqvae, vqvae_checkpoint, val, 0)
+    val_tokens, val_starts, n_truncated = validation_set(cfg, fmt, val_images)  # (N, T), (N,)
+    prompts = sample_prompts(cfg, fmt, val)
+    text = load_text(cfg, tokenizer, steps * n_text) if n_text else None
 
     # ---- model
     model = Llama(cfg.model, compute_dtype=getattr(torch, cfg.dtype))
     model.init_weights(torch.Generator().manual_seed(cfg.seed))
     if cfg.init_from:
-        start_from(model, cfg.init_from, tokenizer)
+        load_language_model(model, cfg.init_from, tokenizer)
     model.to(device)
+    losses = make_losses(cfg, model, fmt)
     open_run(cfg, run)
     tokenizer.save_pretrained(run / "tokenizer")
-    if not copied.exists():
-        tmp = run / "vqvae.tmp"
-        shutil.copytree(
-            vqvae_folder,
-            tmp / "checkpoints" / vqvae_folder.name,
-            dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns("optimizer.pt"),
-        )
-        shutil.copy(vqvae_run / "config.yaml", tmp)
-        tmp.rename(copied)
-
-    def losses(tokens: Tensor, starts: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-        return picture_losses(model, stream, tokens, starts, told)
-
-    def plain(windows: Tensor) -> Tensor:
-        return text_loss(model, stream, windows)
-
-    if cfg.compile:
-        losses, plain = (torch.compile(f, dynamic=False, fullgraph=True) for f in (losses, plain))
-
-    def backward(tokens: Tensor, starts: Tensor, told: Tensor, windows: Tensor | None) -> Tensor:
-        """Accumulate the gradient; the mean losses (3,) of visual words, captions and plain text."""
-        found = torch.zeros(3, device=device)
-        for part in zip(*(t.split(cfg.micro_batch) for t in (tokens, starts, told))):
-            image, caption = losses(*part)
-            share = len(part[0]) / len(tokens)
-            ((image + cfg.text_weight * caption) * share * rows / cfg.batch_sequences).backward()
-            found[:2] += torch.stack([image, caption]).detach() * share
-        for part in windows.split(cfg.micro_batch) if windows is not None else ():
-            loss, share = plain(part), len(part) / len(windows)
-            (loss * share * text_rows / cfg.batch_sequences).backward()
-            found[2] += loss.detach() * share
-        return found
+    copy_vqvae(vqvae_checkpoint, run)
 
     # ---- optimizers
-    muon, adamw = optimizers = build_optimizers(
+    muon, _ = optimizers = build_optimizers(
         model,
         muon_lr=cfg.muon_lr,
         muon_wd=cfg.muon_wd,
@@ -427,157 +486,75 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- resume
-    state = {"step": 0, "train_seconds": 0.0}
-    if saved := checkpoints(run):
-        state = load_checkpoint(saved[-1], model, optimizers)
+    state = resume(run, model, optimizers)
     first, clock = state["step"], Clock(device, state["train_seconds"])
-    block_weights = sum(p.numel() for p in model.blocks.parameters())
-    print(
-        f"run {run}, {f'resumed at step {first}' if first else f'from {cfg.init_from}' if cfg.init_from else 'from scratch'}\n"
-        f"device {device_name(device)}, {cfg.dtype}, {'compiled' if cfg.compile else 'not compiled'}\n"
-        f"model {model.n_params():,} parameters, {block_weights:,} in blocks; {stream.n_text:,} words, "
-        f"{vqvae.config.codebook_size:,} visual words\n"
-        f"data {len(train):,} pictures, {steps * rows / len(train):.2f} passes; validation on {len(val_tokens)} of {len(val):,}; "
-        f"codes {'kept in ' + str(cache.path) if cache else 'made on the fly'}\n"
-        f"captions of up to {stream.caption_tokens} tokens, longer ones are cut: {n_cut} of those for validation\n"
-        f"steps {steps} of {rows} pictures of {stream.image_tokens} visual words"
-        + (f" and {text_rows} texts" if text_rows else "")
-        + f", {cfg.micro_batch} at a time\n"
-        f"recipe muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, adamw_lr {cfg.adamw_lr:.4g}",
-        flush=True,
-    )
+    data = describe_data(images, steps * n_images, val_images, len(val_tokens))
+    truncated = f"{n_truncated} validation captions truncated to {fmt.caption_tokens} tokens"
+    describe(cfg, run, first, model, fmt, f"{data}; {truncated}")
 
     # ---- warm-up
     if cfg.compile:
-        before = deepcopy([model.state_dict(), *(o.state_dict() for o in optimizers)])
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.long, device=device)  # noqa: E731
-        for _ in range(2):
-            backward(
-                zeros(rows, cfg.model.seq_len) + stream.first_code,
-                zeros(rows) + 1,
-                zeros(rows) > 0,
-                zeros(text_rows, cfg.model.seq_len + 1) if text_rows else None,
-            )
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        for part, state_dict in zip([model, *optimizers], before):
-            part.load_state_dict(state_dict)
+        with restored(model, *optimizers):
+            for _ in range(2):
+                backward(cfg, losses, *dummy_batch(cfg, fmt, n_text, device))
+                update(optimizers)
 
     # ---- loop
-    per_token = 6 * (block_weights + vqvae.config.codebook_size * cfg.model.d_model)
-    per_token += 6 * cfg.model.n_layers * cfg.model.d_model * cfg.model.seq_len
+    batch_flops = batch * flops_per_sequence(model, vqvae.config.codebook_size)
     metrics = Metrics(
-        run,
-        cfg,
-        first,
-        steps,
-        clock=clock,
-        unit="sequences",
-        per_step=cfg.batch_sequences,
-        flops=per_token * cfg.model.seq_len * cfg.batch_sequences,
+        run, cfg, first, steps, clock=clock, unit="sequences", per_step=batch, flops=batch_flops
     )
 
     def evaluate_now(step: int) -> None:
-        image, caption = evaluate(losses, val_tokens, val_starts, cfg.micro_batch, device)
-        if image < min(
-            (row["val_loss"] for row in read_metrics(run) if "val_loss" in row), default=math.inf
-        ):
-            save_checkpoint(run, model, [], {"step": step, "val_loss": image}, place="best", keep=1)
+        image, caption = evaluate(losses[0], val_tokens, val_starts, cfg.micro_batch, device)
+        if image < min((row["val_loss"] for row in evaluations(run)), default=math.inf):
+            best = {"step": step, "val_loss": image}
+            save_checkpoint(run, model, [], best, place="best", keep=1)
         metrics.row(step=step, val_loss=image, val_text_loss=caption)
+        bits = image / math.log(2)
         metrics.line(
-            f"val {step}/{steps} | visual words {image:.4f} nats, {image / math.log(2):.3f} bits | captions {caption:.4f}"
+            f"val {step}/{steps} | image tokens {image:.4f} nats, {bits:.3f} bits | "
+            f"captions {caption:.4f}"
         )
         if prompts:
-            pictures = to_uint8(
-                draw(
-                    model,
-                    vqvae,
-                    stream,
-                    prompts,
-                    [cfg.seed + i for i in range(len(prompts))],
-                    guidance=cfg.guidance,
-                    temperature=cfg.temperature,
-                    top_p=cfg.top_p,
-                    cut=True,
-                )
-            )
-            sheet(pictures, min(8, len(prompts)), titles=prompts).save(
-                run / "samples" / f"{step:07d}.png"
-            )
+            path = run / "samples" / f"{step:07d}.png"
+            write_image_samples(cfg, path, model, vqvae, fmt, prompts)
 
-    evals, saves = milestones(steps, cfg.eval_every), milestones(steps, cfg.save_every)
-    if first in evals and not evaluated(run, first):
-        evaluate_now(first)
-    with Interrupt() as interrupt:
-        clock.start()
-        for step, (asked, told, content, windows) in enumerate(
-            prefetch(read, first, steps, device), start=first + 1
-        ):
-            factor = trapezoid(step / steps, cfg.warmup_frac, cfg.cooldown_frac, cfg.lr_floor)
-            for group in (*muon.param_groups, *adamw.param_groups):
-                group["lr"] = group["peak_lr"] * factor
+    read = batch_reader(cfg, fmt, images, text, n_text)
+    batches = prefetch(read, first, steps, device)
+    with training_loop(cfg, metrics, model, optimizers, state, evaluate_now) as after_step:
+        for step, (batch_prompts, has_caption, content, windows) in enumerate(batches, first + 1):
+            progress = step / steps
+            factor = trapezoid(progress, cfg.warmup_frac, cfg.cooldown_frac, cfg.lr_floor)
+            set_lr(optimizers, factor)
             for group in muon.param_groups:
-                group["momentum"] = ramp(step / steps, 0.85, 0.95, cfg.momentum_warmup_frac)
-            codes = (
-                content if cache else vqvae.encode(scaled(content, size, device)).flatten(1).cpu()
-            )
-            tokens, starts = stream.sequences(asked, codes)
-            found = backward(tokens.to(device), starts.to(device), told.to(device), windows)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            loss, caption, written, norm = torch.cat([found, norm[None]]).tolist()
-            if not math.isfinite(loss + caption + written + norm):
-                raise UserError(
-                    f"loss {loss}, gradient norm {norm} at step {step}: stopped before the weights changed; "
-                    f"the last checkpoint is {[None, *checkpoints(run)][-1]}; try a lower --muon_lr"
-                )
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            extra = {"plain_text_loss": written} if text_rows else {}
-            metrics.row(
-                step=step,
-                loss=loss,
-                text_loss=caption,
-                **extra,
-                grad_norm=norm,
-                lr=cfg.muon_lr * factor,
-            )
-
-            log, save = step % cfg.log_every == 0 or step == steps, step in saves or interrupt.code
-            if not (log or save or step in evals):
-                continue
-            clock.stop()  # what follows is not training
-            if log:
-                metrics.log(step, loss, cfg.muon_lr * factor, norm)
-            if save:
-                save_checkpoint(
-                    run, model, optimizers, {"step": step, "train_seconds": clock.seconds}
-                )
-            if interrupt.code:
-                metrics.close()
-                stop(
-                    f"stopped at step {step}, saved; go on with --run {cfg.run} --resume",
-                    interrupt.code,
-                )
-            if step in evals:
-                evaluate_now(step)
-            clock.start()
+                group["momentum"] = ramp(progress, 0.85, 0.95, cfg.momentum_warmup_frac)
+            tokens, starts = fmt.sequences(batch_prompts, images.tokens(content))
+            sequences = tuple(t.to(device) for t in (tokens, starts, has_caption))
+            windows = windows.to(device) if n_text else None
+            total = backward(cfg, losses, sequences, windows)
+            norm = clipped_norm(model)
+            numbers = check_finite(run, step, "--muon_lr", *total, norm)
+            loss, caption_loss, plain_text_loss, norm = numbers
+            update(optimizers)
+            extra = {"plain_text_loss": plain_text_loss} if n_text else {}
+            values = {"loss": loss, "text_loss": caption_loss, **extra}
+            after_step(step, **values, grad_norm=norm, lr=cfg.muon_lr * factor)
 
     # ---- summary
-    rows_seen = [row for row in read_metrics(run) if "val_loss" in row]
-    best = min(rows_seen, key=lambda row: row["val_loss"])
+    rows = evaluations(run)
+    best = min(rows, key=lambda row: row["val_loss"])
     return metrics.finish(
         model,
-        steps * cfg.batch_sequences * cfg.model.seq_len,
+        steps * batch * cfg.model.seq_len,
         val_loss=best["val_loss"],
         val_text_loss=best["val_text_loss"],
         best_step=best["step"],
-        val_last=rows_seen[-1]["val_loss"],
-        bits_per_visual_word=best["val_loss"] / math.log(2),
-        vqvae_sha256=vqvae_sha256,
+        val_last=rows[-1]["val_loss"],
+        bits_per_image_token=best["val_loss"] / math.log(2),
+        vqvae_sha256=file_sha256(vqvae_checkpoint / "model.safetensors"),
     )
 
 
 if __name__ == "__main__":
-    run_script(Config, main)
+    run_script(main, Config, prog="train_multimodal.py", description=__doc__)

@@ -1,11 +1,13 @@
-"""The visual tokenizer: a picture as a grid of words from a codebook (VQ-VAE, arXiv 1711.00937), in one file.
+"""Image tokenizer: an image as a grid of codebook indices (VQ-VAE, arXiv 1711.00937), in one file.
 
-Encoder and decoder work at the resolution of the grid; `downsample` x `downsample` pixels are channels there. The
-first three code dimensions carry the cell's colour past both networks, so an untrained model is a palette coder and
-training adds to it. Every norm is over the channels of one cell: statistics over the picture would leak into the
-words and would differ between a crop and the whole.
+The encoder folds every patch of `downsample` x `downsample` pixels into channels, so encoder and
+decoder both work at the resolution of the token grid. The first three code dimensions carry each
+patch's color past both networks: an untrained model is a palette coder, and training adds detail.
+Norms act on the channels of one grid position. Statistics over the whole image would leak into
+every token and would differ between a crop and the full image.
 
-Shapes: B batch, S image_size, h rows and columns of the grid, K codebook_size, D code_dim, N vectors.
+Shapes: B batch, S image_size, G side of the token grid, K codebook_size, D code_dim, N vectors,
+C channels.
 """
 
 from dataclasses import dataclass
@@ -14,73 +16,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-COLOUR_SCALE = (
-    4.0  # of the colour dimensions in the code, so that the nearest code is near in colour first
-)
-VARIANCE = 0.25  # of pixels in [-1, 1]: the reconstruction loss is 1 for a picture's mean colour
+COLOR_SCALE = 4.0  # scale of the color dimensions: the nearest code must first be near in color
+VARIANCE = 0.25  # of pixels in [-1, 1]: predicting an image's mean color has a loss of about 1
 
 
 @dataclass
 class VQVAEConfig:
-    """Shape of the visual tokenizer."""
+    """Architecture of the image tokenizer."""
 
     image_size: int = 128
-    """Side of a picture in pixels."""
+    """Side length of the square images, in pixels."""
     downsample: int = 4
-    """Pixels a side of a grid cell: 4 makes a 32 x 32 grid of a 128-pixel picture."""
+    """Side length in pixels of the patch behind each image token; 4 turns a 128-pixel image into
+    32 x 32 tokens."""
     codebook_size: int = 1024
-    """Visual words."""
+    """Number of codes in the codebook, which is the number of distinct image tokens."""
     code_dim: int = 8
-    """Dimensions of a code; few keep all codes in use."""
+    """Dimensions of each code, at least 3; few dimensions keep all codes in use."""
     width: int = 128
-    """Channels of encoder and decoder."""
+    """Channels of the encoder and of the decoder."""
     n_blocks: int = 3
-    """Residual blocks of each."""
+    """Residual blocks in the encoder, and as many in the decoder."""
     encoder_kernel: int = 1
-    """Cells a side that the encoder's convolutions see; with 1 a word tells of its own cell alone, which is a little less
-    exact than 3 and easier to predict."""
+    """Kernel size of the encoder's convolutions, in grid positions; must be odd. With 1 each token
+    depends on its own patch only: slightly less accurate than 3, but easier to predict."""
 
     def __post_init__(self):
-        for name in (
-            "image_size",
-            "downsample",
-            "codebook_size",
-            "code_dim",
-            "width",
-            "n_blocks",
-            "encoder_kernel",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be positive")
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"model.{name} is {value}; it must be positive")
         if self.image_size % self.downsample:
             raise ValueError(
-                f"model.image_size {self.image_size} is not divisible by model.downsample {self.downsample}: "
-                f"set it to {self.image_size // self.downsample * self.downsample or self.downsample}"
+                f"model.image_size {self.image_size} is not divisible by model.downsample "
+                f"{self.downsample}; set it to "
+                f"{max(1, self.image_size // self.downsample) * self.downsample}"
             )
         if self.code_dim < 3:
             raise ValueError(
-                f"model.code_dim is {self.code_dim}: three dimensions carry the colour, give 3 or more"
+                f"model.code_dim is {self.code_dim}; it must be at least 3, one per color channel"
             )
         if self.codebook_size > 65_535:
             raise ValueError(
-                f"model.codebook_size {self.codebook_size} does not fit the uint16 caches: at most 65535"
+                f"model.codebook_size is {self.codebook_size}; it must be at most 65535 to fit the "
+                "uint16 token cache"
             )
         if self.encoder_kernel % 2 == 0:
-            raise ValueError(
-                f"model.encoder_kernel {self.encoder_kernel} has no middle: give an odd number"
-            )
+            raise ValueError(f"model.encoder_kernel is {self.encoder_kernel}; it must be odd")
 
     @property
     def grid(self) -> int:
-        """Rows and columns of the grid."""
+        """Side length of the grid of image tokens."""
         return self.image_size // self.downsample
 
 
 class Quantizer(nn.Module):
-    """A codebook that follows the vectors it stands for, by exponential moving averages (arXiv 1711.00937, A.1).
+    """Codebook that tracks its vectors with exponential moving averages (arXiv 1711.00937, A.1).
 
-    Everything here is fp32 and outside the gradient. Per code: `codes` (K, D) itself, `counts` (K,) how many vectors
-    a step it stands for, `sums` (K, D) what they add up to.
+    All buffers are fp32 and receive no gradient: `codes` (K, D), `counts` (K,) the average number
+    of vectors per step assigned to each code, `sums` (K, D) the average sum of those vectors.
     """
 
     def __init__(self, size: int, dim: int, decay: float = 0.99, eps: float = 1e-5):
@@ -91,71 +84,74 @@ class Quantizer(nn.Module):
         self.register_buffer("sums", self.codes.clone())
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Indices (N,) of the nearest codes of vectors (N, D). By differences: TF32 products would miss the nearest."""
-        distances = torch.cdist(
-            vectors.float(), self.codes, compute_mode="donot_use_mm_for_euclid_dist"
-        )  # (N, K)
-        return distances.argmin(1)
+        """Return the indices (N,) of the codes nearest to vectors (N, D)."""
+        exact = "donot_use_mm_for_euclid_dist"  # TF32 matrix products would miss the nearest code
+        return torch.cdist(vectors.float(), self.codes, compute_mode=exact).argmin(1)  # (N,)
 
     def totals(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """How many of vectors (N, D) each code got, (K,), and their sum, (K, D)."""
-        counts = torch.bincount(indices, minlength=len(self.codes)).float()
-        return counts, torch.zeros_like(self.sums).index_add_(0, indices, vectors.float())
+        """Return the number (K,) and the sum (K, D) of the vectors (N, D) assigned to each code."""
+        counts = torch.bincount(indices, minlength=len(self.codes)).float()  # (K,)
+        return counts, torch.zeros_like(self.sums).index_add_(0, indices, vectors.float())  # (K, D)
 
     @torch.no_grad()
-    def start(
+    def kmeans_init(
         self, vectors: Tensor, generator: torch.Generator, per_step: int, rounds: int = 10
     ) -> None:
-        """Make the codes the k-means of vectors (N, D), N >= K: k-means++ seeds, then Lloyd's algorithm.
+        """Set the codes to the k-means centroids of vectors (N, D), where N >= K.
 
-        The counts become those that per_step such vectors a step would lead to.
+        Seeds with k-means++ (Arthur and Vassilvitskii, 2007), then runs `rounds` iterations of
+        Lloyd's algorithm. The counts are set as if each training step saw `per_step` vectors.
         """
-        n, vectors = len(vectors), vectors.float()
-        assert n >= len(self.codes), f"{n} vectors for {len(self.codes)} codes"
-        draws = torch.rand(len(self.codes), generator=generator).tolist()
-        nearest = torch.full((n,), torch.inf, device=vectors.device)
-        pick = int(draws[0] * n)
-        for i in range(len(self.codes)):
-            self.codes[i] = vectors[pick]
-            nearest = torch.minimum(nearest, (vectors - vectors[pick]).square().sum(1))
-            mass = nearest.double().cumsum(
-                0
-            )  # the next seed: in proportion to the squared distance from those there are
-            pick = min(n - 1, int(torch.searchsorted(mass, draws[i] * mass[-1])))
+        N, K = len(vectors), len(self.codes)
+        assert N >= K, f"k-means of {K} codes needs at least {K} vectors, not {N}"
+        vectors = vectors.float()
+        uniform = torch.rand(K, generator=generator).tolist()
+        nearest = torch.full((N,), torch.inf, device=vectors.device)  # squared distance to a seed
+        seed = int(uniform[0] * N)
+        for i in range(K):
+            self.codes[i] = vectors[seed]
+            nearest = torch.minimum(nearest, (vectors - vectors[seed]).square().sum(1))  # (N,)
+            # the next seed is sampled by squared distance to the seeds so far
+            cumulative = nearest.double().cumsum(0)  # (N,)
+            seed = min(N - 1, int(torch.searchsorted(cumulative, uniform[i] * cumulative[-1])))
         for _ in range(rounds):
             counts, sums = self.totals(vectors, self(vectors))
-            self.codes.copy_(
+            self.codes.copy_(  # a code without vectors stays where it is
                 torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], self.codes)
             )
-        self.counts.copy_(counts.clamp(min=1) * per_step / n)
+        self.counts.copy_(counts.clamp(min=1) * per_step / N)
         self.sums.copy_(self.codes * self.counts[:, None])
 
     @torch.no_grad()
     def update(self, vectors: Tensor, indices: Tensor) -> None:
-        """Move each code towards the mean of the vectors (N, D) that it is nearest to; counts are Laplace-smoothed."""
+        """Move each code toward the mean of the vectors (N, D) with its index in indices (N,).
+
+        Means are sums divided by Laplace-smoothed counts.
+        """
         counts, sums = self.totals(vectors, indices)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
-        n, k = self.counts.sum(), len(self.codes)
-        smoothed = (self.counts + self.eps) / (n + k * self.eps) * n
+        n, K = self.counts.sum(), len(self.codes)
+        smoothed = (self.counts + self.eps) / (n + K * self.eps) * n  # (K,)
         self.codes.copy_(self.sums / smoothed[:, None])
 
     @torch.no_grad()
     def revive(self, vectors: Tensor, threshold: float, generator: torch.Generator) -> int:
-        """Put codes that stand for fewer than `threshold` vectors a step on random ones of vectors (N, D); how many.
+        """Replace codes whose count is below `threshold` with random vectors of (N, D).
 
-        All their statistics start anew: with the old sums a code would jump back at the next update.
+        Returns the number of replaced codes. Their counts and sums are reset too: with the old
+        sums a code would jump back at the next update.
         """
         dead = (self.counts < threshold).nonzero()[:, 0]
-        picks = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)
-        self.codes[dead] = vectors[picks].float()
+        chosen = torch.randint(len(vectors), (len(dead),), generator=generator)
+        self.codes[dead] = vectors[chosen.to(vectors.device)].float()
         self.counts[dead] = threshold
         self.sums[dead] = self.codes[dead] * threshold
         return len(dead)
 
 
 class Conv(nn.Conv2d):
-    """A convolution of stride 1 that keeps the size and whose fp32 weights are cast to the input's dtype."""
+    """Size-preserving convolution of stride 1; casts its fp32 weights to the input's dtype."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int):
         super().__init__(c_in, c_out, kernel, padding=kernel // 2)
@@ -164,8 +160,8 @@ class Conv(nn.Conv2d):
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
 
 
-class CellNorm(nn.Module):
-    """Root-mean-square norm over the channels of each cell of (B, C, h, h), with a learned gain."""
+class RMSNorm2d(nn.Module):
+    """RMSNorm over the channels of each grid position of (B, C, G, G), with a learned gain."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -176,12 +172,12 @@ class CellNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-activation residual block; it starts as the identity."""
+    """Pre-activation residual block; it starts as the identity plus a bias."""
 
     def __init__(self, channels: int, kernel: int):
         super().__init__()
-        self.norm1, self.conv1 = CellNorm(channels), Conv(channels, channels, kernel)
-        self.norm2, self.conv2 = CellNorm(channels), Conv(channels, channels, kernel)
+        self.norm1, self.conv1 = RMSNorm2d(channels), Conv(channels, channels, kernel)
+        self.norm2, self.conv2 = RMSNorm2d(channels), Conv(channels, channels, kernel)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,72 +186,72 @@ class Block(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """Encoder, quantizer, decoder. `compute_dtype` is the dtype of activations; weights and codes stay fp32."""
+    """Encoder, quantizer and decoder.
+
+    Activations have dtype `compute_dtype`; weights and codes stay fp32.
+    """
 
     def __init__(self, config: VQVAEConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        pixels, width = 3 * config.downsample**2, config.width
-        blocks = lambda kernel: [Block(width, kernel) for _ in range(config.n_blocks)]  # noqa: E731
-        near = config.encoder_kernel
+        width, kernel, pixels = config.width, config.encoder_kernel, 3 * config.downsample**2
         self.encoder = nn.Sequential(
-            Conv(pixels, width, near),
-            *blocks(near),
-            CellNorm(width),
+            Conv(pixels, width, kernel),
+            *(Block(width, kernel) for _ in range(config.n_blocks)),
+            RMSNorm2d(width),
             Conv(width, config.code_dim, 1),
         )
         self.quantizer = Quantizer(config.codebook_size, config.code_dim)
         self.decoder = nn.Sequential(
-            Conv(config.code_dim, width, 3), *blocks(3), CellNorm(width), Conv(width, pixels, 3)
+            Conv(config.code_dim, width, 3),
+            *(Block(width, 3) for _ in range(config.n_blocks)),
+            RMSNorm2d(width),
+            Conv(width, pixels, 3),
         )
-        for last in (
-            self.encoder[-1],
-            self.decoder[-1],
-        ):  # what the colours miss is learned, from nothing
-            nn.init.zeros_(last.weight)
+        for last in (self.encoder[-1], self.decoder[-1]):
+            nn.init.zeros_(last.weight)  # zero-initialized, so training starts from the palette
             nn.init.zeros_(last.bias)
 
-    def features(self, pictures: Tensor) -> Tensor:
-        """What is quantized: (B, D, h, h) in fp32 for pictures (B, 3, S, S) in [-1, 1]."""
+    def features(self, images: Tensor) -> Tensor:
+        """Return the fp32 features (B, D, G, G) to quantize of images (B, 3, S, S) in [-1, 1]."""
         side = self.config.downsample
-        x = F.pixel_unshuffle(pictures.to(self.compute_dtype), side)  # (B, 3 side^2, h, h)
-        z = self.encoder(x).float()
-        colours = F.interpolate(
-            pictures.float(), scale_factor=1 / side, mode="bilinear"
-        )  # (B, 3, h, h)
-        return z + F.pad(COLOUR_SCALE * colours, (0, 0, 0, 0, 0, z.shape[1] - 3))
-
-    def render(self, z: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S) in fp32, not clipped, from quantized features (B, D, h, h)."""
-        side = self.config.downsample
-        detail = F.pixel_shuffle(
-            self.decoder(z.to(self.compute_dtype)), side
-        ).float()  # (B, 3, S, S)
-        return detail + F.interpolate(z[:, :3] / COLOUR_SCALE, scale_factor=side, mode="bilinear")
-
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Reconstruction (B, 3, S, S), commitment loss, features as vectors (N, D), and their codes (B, h, h).
-
-        The gradient passes straight through the quantizer to the encoder.
-        """
-        z = self.features(pictures)
-        vectors = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B h h, D)
-        codes = self.quantizer(vectors.detach()).view(len(z), *z.shape[2:])
-        quantized = self.lookup(codes)
-        commit = F.mse_loss(z, quantized)
-        return self.render(z + (quantized - z).detach()), commit, vectors.detach(), codes
+        patches = F.pixel_unshuffle(images.to(self.compute_dtype), side)  # (B, 3 side^2, G, G)
+        z = self.encoder(patches).float()  # (B, D, G, G)
+        # (B, 3, G, G), then zero-padded to (B, D, G, G)
+        colors = F.interpolate(images.float(), scale_factor=1 / side, mode="bilinear")
+        return z + F.pad(COLOR_SCALE * colors, (0, 0, 0, 0, 0, z.shape[1] - 3))
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, h) as quantized features (B, D, h, h)."""
-        return F.embedding(codes, self.quantizer.codes).permute(0, 3, 1, 2)
+        """Return the quantized features (B, D, G, G) of codes (B, G, G)."""
+        return F.embedding(codes, self.quantizer.codes).permute(0, 3, 1, 2)  # (B, D, G, G)
+
+    def render(self, z: Tensor) -> Tensor:
+        """Return fp32 images (B, 3, S, S), not clipped, from quantized features (B, D, G, G)."""
+        side = self.config.downsample
+        x = F.pixel_shuffle(self.decoder(z.to(self.compute_dtype)), side).float()  # (B, 3, S, S)
+        return x + F.interpolate(z[:, :3] / COLOR_SCALE, scale_factor=side, mode="bilinear")
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Reconstruct images (B, 3, S, S) in [-1, 1].
+
+        Returns the reconstruction (B, 3, S, S), the commitment loss, the features as vectors
+        (N, D), and their codes (B, G, G). The gradient passes straight through the quantizer.
+        """
+        z = self.features(images)
+        vectors = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B G G, D)
+        codes = self.quantizer(vectors.detach()).view(len(z), *z.shape[2:])  # (B, G, G)
+        quantized = self.lookup(codes)
+        commit_loss = F.mse_loss(z, quantized)
+        return self.render(z + (quantized - z).detach()), commit_loss, vectors.detach(), codes
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Codes (B, h, h) of pictures (B, 3, S, S) in [-1, 1]."""
-        z = self.features(pictures)
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the codes (B, G, G) of images (B, 3, S, S) in [-1, 1]."""
+        z = self.features(images)
+        # (B, D, G, G) to vectors (B G G, D) to codes (B G G,) to (B, G, G)
         return self.quantizer(z.permute(0, 2, 3, 1).flatten(0, 2)).view(len(z), *z.shape[2:])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S) in [-1, 1] from codes (B, h, h)."""
+        """Return images (B, 3, S, S) in [-1, 1] from codes (B, G, G)."""
         return self.render(self.lookup(codes)).clamp(-1, 1)

@@ -1,35 +1,40 @@
-"""Text data: corpus -> documents -> token shards on disk -> batches.
+"""Text data: documents of a source -> token shards on disk -> batches.
 
-A corpus is prepared once: documents are tokenized in batches, each behind the tokenizer's end-of-text id, and written
-as uint16 shards with a manifest. Batches are then a pure function of (seed, step, rank), so resuming is exact.
+A source is prepared once: documents are tokenized in batches, each after an end-of-text token, and
+written as uint16 shards with a manifest. Batches are then a pure function of (seed, step), so
+resuming is exact.
 """
 
 import hashlib
 import itertools
 import json
 import os
-import random
 import sys
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from common import Count, UserError, write_text
+from common.config import HumanInt, UserError
+from common.run import write_text
 from data.order import batch_indices, prefetch
-
-SHARD_TOKENS = 8_000_000  # a kill costs at most this much work
-BATCH_DOCUMENTS = (
-    256  # tokenized at a time: enough to keep all cores busy, little enough for flat memory
+from data.source import (
+    as_mix,
+    digest,
+    documents,
+    file_sha256,
+    file_stats,
+    hub_revisions,
+    in_validation,
+    local_files,
 )
-SHUFFLE_BUFFER = 10_000  # documents a stream is shuffled through: corpora lie sorted by origin
-NO_NETWORK = "without network give local files (--data.source 'folder/*.parquet'), or try --config configs/llm_demo.yaml"
-LOADERS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
+
+SHARD_TOKENS = 8_000_000  # an interrupted preparation loses at most this much work
+BATCH_DOCUMENTS = 256  # tokenized at a time: enough for all cores, few enough for flat memory
 
 
 @dataclass
@@ -42,341 +47,208 @@ class DataConfig:
             "HuggingFaceTB/smollm-corpus:cosmopedia-v2": 0.3,
         }
     )
-    """Where text comes from: a hub dataset NAME or NAME:CONFIG (streamed), a folder, path or glob of .parquet, .jsonl
-    or .txt files, `stdlib` (this Python's standard library), or a mix {source: share of the text}."""
+    """Training text: a hub dataset NAME or NAME:CONFIG (streamed); a folder, path or glob of
+    .parquet, .jsonl or .txt files; `stdlib` (the source of this Python's standard library); or a
+    mix {source: weight}, to which each source contributes text in proportion to its weight."""
     val_source: str | dict[str, float] | None = None
-    """Validation text of its own; null holds out val_fraction of the source's documents."""
+    """Validation text, given like the training text. null: hold out a fraction of the training
+    source's documents (data.val_fraction)."""
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
-    """Hub name or local folder of a tokenizer, or bpe-N: a byte-level BPE of N entries trained on the source."""
+    """Tokenizer: a hub name, a local folder, or bpe-N for a byte-level BPE with N entries (257 to
+    65536) trained on the training source."""
     text_column: str = "text"
-    """Column with the text. A source with a column `input_ids` is taken as tokenized already."""
+    """Column that holds the text. A source with a column `input_ids` counts as already tokenized,
+    and its text is not read."""
     val_fraction: float = 0.05
-    """Share of documents, chosen by their hash, that validation has to itself."""
-    val_tokens: Count = Count("1M")
-    """Validation tokens to prepare, rounded up to whole documents."""
+    """Fraction of documents held out for validation, between 0 and 1 (exclusive), chosen by a hash
+    of their content. Has no effect if data.val_source is set."""
+    val_tokens: HumanInt = HumanInt("1M")
+    """Number of validation tokens to prepare, rounded up to whole documents."""
     cache: str = "cache"
     """Folder for token shards and tokenizers."""
 
     def __post_init__(self):
         if not 0 < self.val_fraction < 1:
-            raise ValueError(f"data.val_fraction {self.val_fraction} must lie between 0 and 1")
+            raise ValueError(
+                f"--data.val_fraction is {self.val_fraction}; it must be between 0 and 1, exclusive"
+            )
         if self.val_tokens <= 0:
-            raise ValueError(f"data.val_tokens {self.val_tokens} must be positive")
+            raise ValueError(f"--data.val_tokens is {self.val_tokens}; it must be positive")
 
 
-# ------------------------------------------------------------------------------------------------------- documents
-def documents(
-    source: str | dict[str, float], column: str, revisions: dict[str, str]
-) -> Iterator[dict]:
-    """Rows of a source, or of a mix whose sources take turns so that each has its share of the text.
-
-    The order depends on the arguments alone. A mix ends with the first of its sources. Raises UserError.
-    """
-    shares = source if isinstance(source, dict) else {source: 1.0}
-    if not shares or min(shares.values()) <= 0:
-        raise UserError(f"data source {source}: give at least one source, and positive shares")
-    streams = {name: rows(name, column, revisions.get(name)) for name in shares}
-    taken = dict.fromkeys(shares, 0)
-    while True:
-        name = min(shares, key=lambda n: taken[n] / shares[n])
-        row = next(streams[name], None)
-        if row is None:
-            return
-        taken[name] += 4 * len(row["input_ids"]) if "input_ids" in row else len(row[column])
-        yield row
-
-
-def rows(source: str, column: str, revision: str | None) -> Iterator[dict]:
-    """Shuffled rows of one source, each with `input_ids` or a text that is not blank. Raises UserError."""
-    if source == "stdlib":
-        root, skip = (
-            Path(sysconfig.get_path("stdlib")),
-            {"site-packages", "dist-packages", "test", "tests", "idle_test"},
-        )
-        paths = sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
-        random.Random(0).shuffle(paths)
-        yield from (
-            {column: text}
-            for p in paths
-            if (text := p.read_text(encoding="utf-8", errors="replace")).strip()
-        )
-        return
-    import datasets
-
-    datasets.disable_progress_bars()
-    files = local_files(source)
-    try:
-        if files:
-            loader = LOADERS[Path(files[0]).suffix]
-            options = {"sample_by": "document"} if loader == "text" else {}
-            stream = datasets.load_dataset(
-                loader, data_files=files, split="train", streaming=True, **options
-            )
-        else:
-            name, _, config = source.partition(":")
-            stream = datasets.load_dataset(
-                name, config or None, split="train", streaming=True, revision=revision
-            )
-        for row in stream.shuffle(seed=0, buffer_size=SHUFFLE_BUFFER):
-            text = row.get(column)
-            if "input_ids" in row:
-                yield {"input_ids": row["input_ids"]}
-            elif column not in row:
-                raise UserError(
-                    f"data source {source} has no column {column!r} but {', '.join(row)}: "
-                    "set --data.text_column"
-                )
-            elif text is not None and not isinstance(text, str):
-                raise UserError(
-                    f"data source {source}: column {column!r} holds {type(text).__name__}, not text"
-                )
-            elif text and text.strip():
-                yield {column: text}
-    except UserError:
-        raise
-    except Exception as error:  # datasets, pyarrow and the hub client raise dozens of kinds
-        remedy = "is the file damaged, or no text?" if files else NO_NETWORK
-        raise UserError(f"cannot read data source {source}: {reason(error)}; {remedy}") from error
-
-
-def reason(error: Exception) -> str:
-    """The first line of what an exception says, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def local_files(source: str) -> list[str]:
-    """The files that a folder, path or glob stands for, sorted; none if it names a hub dataset. Raises UserError."""
-    path = Path(source).expanduser()
-    found = (
-        [str(p) for p in path.rglob("*") if p.suffix in LOADERS]
-        if path.is_dir()
-        else glob(str(path))
-    )
-    suffixes = {Path(f).suffix for f in found}
-    if not found and (
-        path.is_dir()
-        or path.suffix in LOADERS
-        or path.is_absolute()
-        or source[:1] in ("", ".", "~")
-        or any(c in source for c in "*?[")
-    ):
-        raise UserError(f"data source {source}: there is no such .parquet, .jsonl or .txt file")
-    if found and (len(suffixes) > 1 or not suffixes <= LOADERS.keys()):
-        raise UserError(
-            f"data source {source} has files of kind {', '.join(sorted(suffixes)) or 'unknown'}: give files "
-            "of one kind, .parquet, .jsonl or .txt"
-        )
-    return sorted(found)
-
-
-def in_validation(row: dict, fraction: float) -> bool:
-    """Whether a document is held out: decided by its content alone, so a copy of it falls on the same side."""
-    (content,) = row.values()
-    content = (
-        content.encode("utf-8", "replace")
-        if isinstance(content, str)
-        else np.asarray(content, "<u4").tobytes()
-    )
-    return (
-        int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") < fraction * 2**64
-    )
-
-
-# ----------------------------------------------------------------------------------------------------- preparation
+# ---- preparation
 def end_of_text(tokenizer) -> int | None:
-    """The id that stands before every document: the tokenizer's eos, or its bos where it has no eos."""
+    """The id placed before every document: the tokenizer's eos, or its bos if it has no eos."""
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
 
 
-def held_out(cfg: DataConfig) -> float:
+def holdout_fraction(cfg: DataConfig) -> float:
+    """Fraction of the source's documents that is held out for validation."""
     return cfg.val_fraction if cfg.val_source is None else 0.0
 
 
-def request(cfg: DataConfig, split: str, tokenizer_hash: str) -> dict:
-    """Everything that decides which tokens a preparation yields, except how many of them."""
+def token_request(cfg: DataConfig, split: str, tokenizer_hash: str) -> dict:
+    """Everything that determines the prepared tokens, except how many training tokens there are.
+
+    Raises UserError.
+    """
     source = cfg.val_source if split == "val" and cfg.val_source is not None else cfg.source
-    shares = source if isinstance(source, dict) else {source: 1.0}
-    files = {
-        name: [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in local_files(name)]
-        for name in shares
-        if name != "stdlib"
-    }
+    names = [name for name in as_mix(source) if name != "stdlib"]
+    files = {name: file_stats(local_files(name)) for name in names}
     return {
         "source": source,
         "files": files,
-        "python": sys.version if "stdlib" in shares else None,
+        "hub_datasets": [name for name in names if not files[name]],
+        "python": sys.version if "stdlib" in as_mix(source) else None,
         "split": split,
-        "held_out": held_out(cfg),
+        "holdout_fraction": holdout_fraction(cfg),
         "text_column": cfg.text_column,
         "tokenizer": tokenizer_hash,
+        # so that a larger validation set never replaces a smaller one
         "val_tokens": cfg.val_tokens if split == "val" else None,
-    }  # so that a larger set never stands in for it
+    }
 
 
-def digest(value) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def prepare_tokens(cfg: DataConfig, split: str, tokens: int, tokenizer) -> Path:
+    """Folder with at least `tokens` tokens of a split ("train" or "val"), or all the source has.
 
-
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
-
-
-def prepare(cfg: DataConfig, split: str, tokens: int, tokenizer) -> Path:
-    """Have at least `tokens` tokens of a split ("train" or "val") on disk, or all there are; return their folder.
-
-    What an earlier or interrupted preparation left is kept and extended: the stream of tokens is the same however many
-    pieces it was made in. Raises UserError.
+    Tokens of an earlier or interrupted preparation are kept and extended: the token stream does not
+    depend on how many calls prepared it. Raises UserError.
     """
-    wanted = request(cfg, split, digest(tokenizer.backend_tokenizer.to_str()))
-    folder = Path(cfg.cache) / "tokens" / f"{split}-{digest(wanted)}"
+    request = token_request(cfg, split, digest(tokenizer.backend_tokenizer.to_str()))
+    folder = Path(cfg.cache) / "tokens" / f"{split}-{digest(request)}"
     folder.mkdir(parents=True, exist_ok=True)
-    done = read_manifest(folder) or {
-        "request": wanted,
-        "revisions": revisions(wanted),
+    manifest = read_manifest(folder) or {
+        "request": request,
+        "revisions": hub_revisions(request["hub_datasets"]),
         "complete": False,
-        "rows": 0,
-        "documents": 0,
-        "bytes": 0,
-        "tokens": 0,
+        **dict.fromkeys(("records", "documents", "bytes", "tokens"), 0),
         "shards": [],
     }
-    stream = itertools.islice(
-        documents(wanted["source"], cfg.text_column, done["revisions"]), done["rows"], None
-    )
+    stream = documents(request["source"], cfg.text_column, manifest["revisions"])
+    stream = itertools.islice(stream, manifest["records"], None)
+    n_done = manifest["tokens"]
+    quiet = manifest["complete"] or n_done >= tokens or not sys.stderr.isatty()
+    label = f"tokenizing {split}"
     with tqdm(
-        total=tokens,
-        initial=done["tokens"],
-        unit="tok",
-        unit_scale=True,
-        desc=f"tokenizing {split}",
-        disable=done["complete"] or done["tokens"] >= tokens or not sys.stderr.isatty(),
+        desc=label, total=tokens, initial=n_done, unit="tok", unit_scale=True, disable=quiet
     ) as bar:
-        while done["tokens"] < tokens and not done["complete"]:
-            shard, size = [], 0
-            while size < min(SHARD_TOKENS, tokens - done["tokens"]) and not done["complete"]:
-                batch = list(itertools.islice(stream, BATCH_DOCUMENTS))
-                mine = [
-                    r
-                    for r in batch
-                    if not wanted["held_out"]
-                    or in_validation(r, wanted["held_out"]) == (split == "val")
-                ]
-                pieces, n_bytes = tokenize(mine, tokenizer)
-                shard += pieces
-                size += sum(map(len, pieces))
-                done["rows"] += len(batch)
-                done["documents"] += len(mine)
-                done["bytes"] += n_bytes
-                done["complete"] = len(batch) < BATCH_DOCUMENTS
-                bar.update(sum(map(len, pieces)))
-            if size:
-                path = folder / f"{len(done['shards']):05d}.bin"
-                tmp = path.with_suffix(f".{os.getpid()}.tmp")
-                np.concatenate(shard).tofile(tmp)
-                tmp.replace(path)
-                done["shards"].append(
-                    {"file": path.name, "tokens": size, "sha256": file_sha256(path)}
-                )
-                done["tokens"] += size
-            write_text(folder / "manifest.json", json.dumps(done, indent=1))
+        while manifest["tokens"] < tokens and not manifest["complete"]:
+            n_wanted = min(SHARD_TOKENS, tokens - manifest["tokens"])
+            shard = next_shard(stream, n_wanted, manifest, tokenizer, bar)
+            save_shard(folder, shard, manifest)
     return folder
 
 
-def tokenize(batch: list[dict], tokenizer) -> tuple[list[np.ndarray], int]:
-    """uint16 ids of each document, end-of-text first, and the bytes of text they stand for together.
+def next_shard(
+    stream: Iterator[dict], n_wanted: int, manifest: dict, tokenizer, bar: tqdm
+) -> np.ndarray:
+    """Next n_wanted or more tokens of the stream, fewer if it ends: uint16 (N,).
 
-    Ready `input_ids` stay as they are; their bytes are the characters of the tokens' names, as in every byte-level BPE.
-    Raises UserError.
+    Adds the records, documents and bytes read to the manifest. Raises UserError.
     """
-    texts = [next(iter(row.values())) for row in batch if "input_ids" not in row]
-    ready = [row["input_ids"] for row in batch if "input_ids" in row]
+    split, fraction = manifest["request"]["split"], manifest["request"]["holdout_fraction"]
+    pieces, n_tokens = [np.empty(0, np.uint16)], 0
+    while n_tokens < n_wanted and not manifest["complete"]:
+        batch = list(itertools.islice(stream, BATCH_DOCUMENTS))
+        kept = [r for r in batch if not fraction or in_validation(r, fraction) == (split == "val")]
+        new_pieces, n_bytes = tokenize(kept, tokenizer)
+        n_new = sum(map(len, new_pieces))
+        pieces += new_pieces
+        n_tokens += n_new
+        manifest["records"] += len(batch)
+        manifest["documents"] += len(kept)
+        manifest["bytes"] += n_bytes
+        manifest["complete"] = len(batch) < BATCH_DOCUMENTS
+        bar.update(n_new)
+    return np.concatenate(pieces)  # (N,)
+
+
+def save_shard(folder: Path, shard: np.ndarray, manifest: dict) -> None:
+    """Write a shard, unless it is empty, and the manifest that lists it."""
+    if len(shard):
+        path = folder / f"{len(manifest['shards']):05d}.bin"
+        tmp = path.with_suffix(f".{os.getpid()}.tmp")
+        shard.tofile(tmp)
+        tmp.replace(path)
+        entry = {"file": path.name, "tokens": len(shard), "sha256": file_sha256(path)}
+        manifest["shards"].append(entry)
+        manifest["tokens"] += len(shard)
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def tokenize(batch: list[dict], tokenizer) -> tuple[list[np.ndarray], int]:
+    """Token ids of each record as uint16 (N,), end-of-text first, and the bytes of text in all.
+
+    Ready `input_ids` stay as they are; their byte count is the number of characters in the names of
+    their tokens, which is exact for a byte-level BPE. Raises UserError.
+    """
+    texts = [next(iter(record.values())) for record in batch if "input_ids" not in record]
+    ready = [record["input_ids"] for record in batch if "input_ids" in record]
     n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
     pieces = []
     if texts:
-        encoded = tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        encoded = tokenizer(texts, **options)["input_ids"]
         pieces = [np.array([end_of_text(tokenizer), *ids], dtype=np.uint16) for ids in encoded]
     for ids in ready:
         if len(ids) and not 0 <= min(ids) <= max(ids) < len(tokenizer):
             raise UserError(
-                f"input_ids reach {max(ids)}, the tokenizer has {len(tokenizer)} entries: name the tokenizer "
-                "they were made with as --data.tokenizer"
+                f"input_ids range from {min(ids)} to {max(ids)}, but the tokenizer has "
+                f"{len(tokenizer)} entries; pass the tokenizer that made them with --data.tokenizer"
             )
         pieces.append(np.array(ids, dtype=np.uint16))
         n_bytes += sum(map(len, tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)))
     return pieces, n_bytes
 
 
-def revisions(wanted: dict) -> dict[str, str]:
-    """The commit of each hub dataset in a request, so that what is prepared later comes from the same one."""
-    import huggingface_hub
-
-    found = {}
-    for name, files in wanted["files"].items():
-        if not files:
-            try:
-                found[name] = huggingface_hub.HfApi().dataset_info(name.partition(":")[0]).sha
-            except Exception as error:  # as in rows()
-                raise UserError(
-                    f"cannot find data source {name} on the hub: {reason(error)}; {NO_NETWORK}"
-                ) from error
-    return found
-
-
 def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a preparation, or None before its first shard. Raises UserError where it is damaged."""
+    """Manifest of a prepared folder, None before its first shard. Raises UserError if damaged."""
     path = folder / "manifest.json"
     if not path.exists():
         return None
     try:
         manifest = json.loads(path.read_text())
-        manifest["revisions"], manifest["rows"], manifest["bytes"]
-        assert manifest["tokens"] == sum(shard["tokens"] for shard in manifest["shards"])
-        return manifest
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path} is damaged: delete {folder} to prepare it again") from error
+        n_tokens = sum(shard["tokens"] for shard in manifest["shards"])
+        assert manifest["tokens"] == n_tokens, f"{manifest['tokens']} tokens, shards {n_tokens}"
+        assert manifest.keys() >= {"request", "revisions", "records", "bytes"}, manifest.keys()
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f"{path} is damaged; delete {folder} to prepare it again") from error
+    return manifest
 
 
-# --------------------------------------------------------------------------------------------------------- batches
+# ---- batches
 class Tokens:
-    """The first `limit` tokens of a prepared folder, memory-mapped; `sha256` is that of their little-endian uint16.
+    """First `limit` tokens of a prepared folder (None: all), memory-mapped.
 
-    Raises UserError if there are none, or if a shard is not the one that was written.
+    `sha256` is the hash of these tokens as little-endian uint16. Raises UserError if there are no
+    tokens or a shard has changed since it was written.
     """
 
     def __init__(self, folder: Path, limit: int | None = None):
         manifest = read_manifest(folder)
         if not manifest["shards"]:
-            source, split, rows = (
-                manifest["request"]["source"],
-                manifest["request"]["split"],
-                manifest["rows"],
-            )
+            request, n_records = manifest["request"], manifest["records"]
+            remedy = "pass a source that holds text"
+            if n_records:
+                remedy = "set another --data.val_fraction, such as 0.2, or pass a --data.val_source"
             raise UserError(
-                f"none of the {rows} documents in data source {source} is for {split}"
-                + (
-                    "; set another --data.val_fraction (0.2, say), or name a --data.val_source"
-                    if rows
-                    else ": it is empty"
-                )
+                f"none of the {n_records} documents in data source {request['source']} is in the "
+                f"{request['split']} split; {remedy}"
             )
-        for shard in manifest["shards"]:
-            path = folder / shard["file"]
+        paths = [folder / shard["file"] for shard in manifest["shards"]]
+        for path, shard in zip(paths, manifest["shards"], strict=True):
             if not path.exists() or file_sha256(path) != shard["sha256"]:
                 raise UserError(
-                    f"{path} is damaged (not the sha256 of the manifest): delete {folder} to prepare it again"
+                    f"{path} is damaged (its sha256 differs from the manifest); delete {folder} to "
+                    "prepare it again"
                 )
-        self.shards = [
-            np.memmap(folder / shard["file"], dtype=np.uint16, mode="r")
-            for shard in manifest["shards"]
-        ]
-        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.shards = [np.memmap(path, dtype=np.uint16, mode="r") for path in paths]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])  # (n_shards + 1,)
         self.bytes_per_token = manifest["bytes"] / manifest["tokens"]  # of the whole folder
         self.n = min(int(self.starts[-1]), limit or sys.maxsize)
         sha256 = hashlib.sha256()
-        for start, shard in zip(self.starts, self.shards):
+        for start, shard in zip(self.starts[:-1], self.shards, strict=True):
             sha256.update(shard[: max(0, self.n - start)].data)
         self.sha256 = sha256.hexdigest()
 
@@ -384,23 +256,25 @@ class Tokens:
         return self.n
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """Tokens start to start + length as int64 (length,), across shards where need be."""
-        assert 0 <= start <= start + length <= self.n, f"window {start}+{length} of {self.n} tokens"
-        parts, i = [], int(np.searchsorted(self.starts, start, side="right")) - 1
-        while length > 0:
-            part = self.shards[i][start - self.starts[i] :][:length]
-            parts.append(part)
-            start, length, i = start + len(part), length - len(part), i + 1
-        return np.concatenate(parts).astype(np.int64)
+        """Tokens start to start + length - 1 as int64 (length,), across shards where necessary."""
+        end = start + length
+        assert 0 <= start < end <= self.n, f"window {start} to {end} of {self.n} tokens"
+        first = np.searchsorted(self.starts, start, side="right") - 1
+        last = np.searchsorted(self.starts, end)
+        shards = zip(self.starts[first:last], self.shards[first:last], strict=True)
+        parts = [shard[max(0, start - offset) : end - offset] for offset, shard in shards]
+        return np.concatenate(parts).astype(np.int64)  # (length,)
 
-    def windows(self, indices, seq_len: int) -> torch.Tensor:
-        """Windows of seq_len + 1 tokens at multiples of seq_len: (N, T + 1); inputs [:, :-1], targets [:, 1:]."""
-        return torch.from_numpy(
-            np.stack([self.window(int(i) * seq_len, seq_len + 1) for i in indices])
-        )
+    def windows(self, indices, seq_len: int) -> Tensor:
+        """Windows of seq_len + 1 tokens that start at multiples of seq_len: int64 (N, seq_len + 1).
+
+        Inputs are [:, :-1] and targets [:, 1:].
+        """
+        windows = [self.window(int(i) * seq_len, seq_len + 1) for i in indices]
+        return torch.from_numpy(np.stack(windows))  # (N, seq_len + 1)
 
 
-def batches(
+def token_batches(
     tokens: Tokens,
     first: int,
     steps: int,
@@ -410,25 +284,28 @@ def batches(
     n_windows: int,
     seed: int,
     device: torch.device,
-) -> Iterator[torch.Tensor]:
-    """Batches (batch, T + 1) of steps first to steps - 1 on the device."""
+) -> Iterator[Tensor]:
+    """Windows (batch, seq_len + 1) on the device for steps first to steps - 1."""
 
-    def read(step: int) -> torch.Tensor:
+    def read(step: int) -> Tensor:
         windows = tokens.windows(batch_indices(step, batch, n_windows, seed), seq_len)
         return windows.pin_memory() if device.type == "cuda" else windows
 
-    return (
-        windows.to(device, non_blocking=True) for windows in prefetch(read, first, steps, device)
-    )
+    ready = prefetch(read, first, steps, device)
+    return (windows.to(device, non_blocking=True) for windows in ready)
 
 
-def eval_windows(tokens: Tokens, seq_len: int, count: int) -> torch.Tensor:
-    """At most `count` windows of seq_len + 1 tokens, spread evenly over the stream: (N, T + 1). Raises UserError."""
+def eval_windows(tokens: Tokens, seq_len: int, count: int) -> Tensor:
+    """At most `count` windows evenly spaced over the tokens: int64 (N, seq_len + 1).
+
+    Raises UserError.
+    """
     count = min(count, (len(tokens) - 1) // seq_len)
     if count < 1:
         raise UserError(
-            f"validation has {len(tokens)} tokens, fewer than one sequence of {seq_len}: give more documents, "
-            "a larger --data.val_fraction, or a --data.val_source"
+            f"validation has {len(tokens)} tokens, fewer than one sequence of {seq_len}; provide "
+            "more documents, a larger --data.val_fraction, or a --data.val_source"
         )
     starts = np.linspace(0, len(tokens) - seq_len - 1, count).astype(int)
-    return torch.from_numpy(np.stack([tokens.window(int(start), seq_len + 1) for start in starts]))
+    windows = [tokens.window(int(start), seq_len + 1) for start in starts]
+    return torch.from_numpy(np.stack(windows))  # (N, seq_len + 1)

@@ -2,142 +2,215 @@ import pytest
 import torch
 
 import tools.classifier as tc
-from common import UserError
+from common.config import UserError
 
-CPU, RNG = torch.device("cpu"), torch.Generator()
+CPU = torch.device("cpu")
+
+
+def random_generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 127.5 - 1
 
 
 def stripes(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """n noisy uint8 pictures with upright, lying or slanted stripes of any phase and colour: labels 0, 1, 2."""
-    labels, ramp = torch.randint(3, (n,), generator=RNG.manual_seed(seed)), torch.arange(32.0)
-    slope = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.7, 0.7]])[labels].T[
-        ..., None, None
-    ]  # (2, n, 1, 1)
-    waves = (
-        slope[0] * ramp + slope[1] * ramp[:, None] + 9 * torch.rand(n, 1, 1, generator=RNG)
-    ).sin()  # (n, 32, 32)
-    pictures = 128 + (60 * torch.rand(n, 3, 1, 1, generator=RNG) + 40) * waves[:, None]
-    return (pictures + 20 * torch.randn(n, 3, 32, 32, generator=RNG)).clamp(0, 255).byte(), labels
+    """Noisy uint8 images (n, 3, 32, 32) of stripes with random phase and color, and their labels.
+
+    The stripes are vertical (0), horizontal (1) or diagonal (2).
+    """
+    rng = random_generator(seed)
+    labels = torch.randint(3, (n,), generator=rng)
+    slopes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.7, 0.7]])[labels]  # (n, 2)
+    x_slope, y_slope = slopes.T[..., None, None]  # (n, 1, 1) each
+    ramp = torch.arange(32.0)
+    phases = 9 * torch.rand(n, 1, 1, generator=rng)
+    waves = (x_slope * ramp + y_slope * ramp[:, None] + phases).sin()  # (n, 32, 32)
+    amplitudes = 60 * torch.rand(n, 3, 1, 1, generator=rng) + 40
+    noise = 20 * torch.randn(n, 3, 32, 32, generator=rng)
+    return (128 + amplitudes * waves[:, None] + noise).clamp(0, 255).byte(), labels
 
 
-def test_learns_to_tell_stripes_apart_the_same_way_for_the_same_seed():
-    def train(seed):
-        return tc.train_classifier(
-            *stripes(384, 0),
-            3,
-            tc.Recipe(4, 6, 32, lr=0.2),
-            seed,
-            CPU,
-            torch.float32,
-            lambda line: None,
-        )
+# ---- training
+def train(seed: int) -> tc.Classifier:
+    recipe = tc.Recipe(width=4, epochs=6, batch=32, lr=0.2)
+    images, labels = stripes(384, 0)
+    return tc.train_classifier(images, labels, 3, recipe, seed, CPU, torch.float32, str)
 
-    (pictures, labels), first = stripes(200, 1), train(0)
-    logits, features = tc.judge(first, pictures := pictures.float() / 127.5 - 1, batch=64)
-    assert (logits.argmax(1) == labels).float().mean() > 0.95 and features.shape == (200, 16)
-    large = pictures[:20].repeat_interleave(4, 2).repeat_interleave(4, 3)  # (20, 3, 128, 128)
-    fine = (0.3 + torch.rand(1)) * (-1.0) ** torch.arange(
-        128
-    )  # 0 over an area; the draw must not change what follows
-    assert all(
-        torch.allclose(tc.judge(first, x)[0], logits[:20], atol=1e-4) for x in (large, large + fine)
+
+@pytest.fixture(scope="module")
+def classifier() -> tc.Classifier:
+    return train(seed=0)
+
+
+def test_classifier_learns_to_distinguish_stripes(classifier):
+    images, labels = stripes(200, 1)
+    logits, features = tc.judge(classifier, to_float(images), batch=64)
+    assert (logits.argmax(1) == labels).float().mean() > 0.95
+    assert features.shape == (200, 16)
+
+
+@pytest.mark.parametrize("contrast", [0.0, 0.5])
+def test_larger_images_are_averaged_over_areas(classifier, contrast):
+    images = to_float(stripes(20, 1)[0])
+    large = images.repeat_interleave(4, 2).repeat_interleave(4, 3)  # (20, 3, 128, 128)
+    fine_stripes = contrast * (-1.0) ** torch.arange(128)  # (128,), 0 on average
+    logits = tc.judge(classifier, large + fine_stripes)[0]
+    assert torch.allclose(logits, tc.judge(classifier, images)[0], atol=1e-4)
+
+
+def test_training_is_reproducible_and_leaves_the_global_generator_alone(classifier):
+    torch.rand(1)  # the state at the start must not matter
+    state = torch.get_rng_state()
+    repeated = train(seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, weights in classifier.state_dict().items():
+        assert torch.equal(repeated.state_dict()[name], weights), name
+
+
+def test_training_depends_on_the_seed(classifier):
+    images = to_float(stripes(20, 1)[0])
+    logits, other = (tc.judge(model, images)[0] for model in (classifier, train(seed=1)))
+    assert not torch.allclose(logits, other, atol=0.1)
+
+
+def test_training_stops_when_the_loss_is_not_finite():
+    recipe = tc.Recipe(width=4, epochs=3, batch=32, lr=float("inf"))
+    with pytest.raises(UserError, match="loss nan in epoch 1; lower the recipe's lr inf"):
+        tc.train_classifier(*stripes(128, 0), 3, recipe, 0, CPU, torch.float32, str)
+
+
+# ---- saving and loading
+def load(cache, images=None, epochs=2) -> tuple[torch.Tensor, int]:
+    """Logits of a loaded classifier and the number of epochs that were trained for it."""
+    lines = []
+    default, labels = stripes(64, 0)
+    images = default if images is None else images
+    recipe = tc.Recipe(width=4, epochs=epochs, batch=32)
+    model = tc.load_classifier(
+        cache, images, labels, 3, recipe, 0, CPU, torch.float32, lines.append
     )
-    same, other = (tc.judge(train(seed), pictures, batch=64)[0] for seed in (0, 1))
-    assert torch.equal(same, logits) and not torch.allclose(other, logits, atol=0.1)
+    return tc.judge(model, to_float(stripes(8, 1)[0]))[0], len(lines)
 
 
-def test_trained_once_for_the_same_pictures_and_recipe(tmp_path):
-    def load(pictures, epochs=2):
-        lines, recipe = [], tc.Recipe(width=4, epochs=epochs, batch=32)
-        made = tc.load_classifier(
-            tmp_path, pictures, labels, 3, recipe, 0, CPU, torch.float32, lines.append
-        )
-        return tc.judge(made, stripes(8, 1)[0].float() / 127.5 - 1)[0], len(lines)
+def test_second_load_reads_the_saved_classifier(tmp_path):
+    trained, epochs = load(tmp_path)
+    loaded, further_epochs = load(tmp_path)
+    assert (epochs, further_epochs) == (2, 0)
+    assert torch.equal(trained, loaded)
 
-    pictures, labels = stripes(64, 0)
-    (first, trained), (again, trained_again) = load(pictures), load(pictures.clone())
-    assert (trained, trained_again) == (2, 0) and torch.equal(first, again)
+
+@pytest.mark.parametrize("change", [{"images": 255 - stripes(64, 0)[0]}, {"epochs": 3}])
+def test_other_images_or_recipe_train_another_classifier(tmp_path, change):
+    load(tmp_path)
+    assert load(tmp_path, **change)[1] == change.get("epochs", 2)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_loading_rejects_a_damaged_classifier(tmp_path):
+    load(tmp_path)
     (file,) = tmp_path.glob("*/*.safetensors")
-    assert (
-        load(255 - pictures)[1] == 2
-        and load(pictures, epochs=3)[1] == 3
-        and len(list(tmp_path.iterdir())) == 3
-    )
-    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"classifier-\w+ is damaged .* delete it"):
-        load(pictures)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"classifier-\w+ is damaged .*; delete it"):
+        load(tmp_path)
 
 
-def test_augment_mirrors_shifts_and_blanks():
-    ramp = (torch.arange(32.0) + 1).expand(64, 3, 32, 32)  # the value tells the column
-    blanked, moved = (
-        tc.augment(ramp, tc.Recipe(cutout=side), RNG.manual_seed(0)) for side in (8, 0)
-    )
-    assert ((blanked == 0).sum((1, 2, 3)) == 3 * 8 * 8).all() and (moved > 0).all()
-    assert set(moved[:, 0, 0, 16].tolist()) == {*range(12, 22)}  # 17 +- 4, mirrored 16 +- 4
+# ---- augmentation
+def augmented_ramp(cutout: int) -> torch.Tensor:
+    """Augmented images (64, 3, 32, 32) whose values are the column, starting at 1."""
+    ramp = (torch.arange(32.0) + 1).expand(64, 3, 32, 32)
+    return tc.augment(ramp, tc.Recipe(cutout=cutout), random_generator(0))
 
 
-def test_frechet_and_kernel_distance():
-    z = torch.randn(4000, 6, dtype=torch.float64, generator=RNG.manual_seed(0))
-    z = torch.linalg.qr(z - z.mean(0))[0] * 3999**0.5  # mean 0 and covariance 1 to rounding
-    a, b = (
-        z * torch.arange(1.0, 7),
-        z * torch.tensor([3.0, 1, 0, 2, 5, 1]) + torch.tensor([1.0, 2, 0, 0, 0, 3]),
-    )
-    expected = (1 + 4 + 9) + (
-        4 + 1 + 9 + 4 + 0 + 25
-    )  # squared differences of the means and of the deviations
-    assert [tc.frechet_distance(*pair) for pair in ((a, b), (b, a), (a, a))] == pytest.approx(
-        [expected, expected, 0], abs=1e-6
-    )
-    x, y = z.chunk(2)
-    assert (
-        abs(tc.kernel_distance(x, y, 200, 20)) < 0.05
-        and tc.kernel_distance(x, y + 0.5, 200, 20) > 1
-    )
-    xx, yy, xy = ((u[:4] @ v[:4].T / 6 + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
+def test_cutout_zeroes_a_square_in_all_channels():
+    zeros = augmented_ramp(cutout=8) == 0  # (64, 3, 32, 32)
+    assert (zeros.sum((2, 3)) == 8 * 8).all()
+    assert (zeros.any(2).sum(2) == 8).all()
+    assert (zeros.any(3).sum(2) == 8).all()
+
+
+def test_cutout_of_zero_keeps_all_pixels():
+    assert (augmented_ramp(cutout=0) > 0).all()
+
+
+def test_augmentation_mirrors_and_shifts_by_up_to_four_pixels():
+    middle = augmented_ramp(cutout=0)[:, 0, 0, 16]
+    assert set(middle.tolist()) == {*range(12, 22)}  # 17 +- 4, and mirrored 16 +- 4
+
+
+# ---- distances
+@pytest.fixture(scope="module")
+def standard_normal() -> torch.Tensor:
+    """Samples (4000, 6) with mean 0 and covariance 1 up to rounding."""
+    z = torch.randn(4000, 6, dtype=torch.float64, generator=random_generator(0))
+    return torch.linalg.qr(z - z.mean(0))[0] * 3999**0.5
+
+
+def test_frechet_distance_has_its_closed_form_for_independent_features(standard_normal):
+    a = standard_normal * torch.arange(1.0, 7)
+    b = standard_normal * torch.tensor([3.0, 1, 0, 2, 5, 1]) + torch.tensor([1.0, 2, 0, 0, 0, 3])
+    # squared differences of the means and of the standard deviations
+    expected = (1 + 4 + 9) + (4 + 1 + 9 + 4 + 0 + 25)
+    assert tc.frechet_distance(a, b) == pytest.approx(expected, abs=1e-6)
+    assert tc.frechet_distance(b, a) == pytest.approx(expected, abs=1e-6)
+    assert tc.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def correlated_features(seed: int) -> torch.Tensor:
+    samples = torch.randn(400, 5, generator=random_generator(seed), dtype=torch.float64)
+    mixing = torch.randn(5, 5, generator=random_generator(seed + 9), dtype=torch.float64)
+    return samples @ mixing  # (400, 5)
+
+
+def test_frechet_distance_has_its_closed_form_for_correlated_features():
+    a, b = correlated_features(1), correlated_features(2)
+    cov_a, cov_b = a.T.cov(), b.T.cov()  # (5, 5) each
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    mixed = torch.linalg.eigvals(cov_a @ cov_b).real.sqrt().sum()  # trace of (A^.5 B A^.5)^.5
+    expected = means + cov_a.trace() + cov_b.trace() - 2 * mixed
+    assert tc.frechet_distance(a, b) == pytest.approx(expected.item())
+
+
+def test_kernel_distance_separates_different_distributions(standard_normal):
+    x, y = standard_normal.chunk(2)  # (2000, 6) each
+    assert abs(tc.kernel_distance(x, y, 200, 20)) < 0.05
+    assert tc.kernel_distance(x, y + 0.5, 200, 20) > 1
+
+
+def test_kernel_distance_is_the_unbiased_squared_mmd(standard_normal):
+    x, y = standard_normal[:4], standard_normal[4:8]
+    pairs = ((x, x), (y, y), (x, y))
+    xx, yy, xy = ((u @ v.T / 6 + 1) ** 3 for u, v in pairs)  # (4, 4) each
     expected = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / 12 - 2 * xy.mean()
-    assert tc.kernel_distance(x[:4], y[:4], subsets=3) == pytest.approx(expected.item())
+    assert tc.kernel_distance(x, y, subsets=3) == pytest.approx(expected.item())
 
 
-def test_diversity_falls_when_a_class_collapses():
-    f, labels = (
-        torch.randn(9, 5, generator=RNG.manual_seed(0)),
-        torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2]),
-    )
-    pairs = 1 - torch.cosine_similarity(f[:, None], f, dim=-1)  # (9, 9)
-    zero, one = pairs[:4, :4].sum().item() / 12, pairs[4:8, 4:8].sum().item() / 12
-    spread, collapsed = (
-        tc.diversity(f, labels),
-        tc.diversity(torch.cat([f[:1] * 2, f[:1], f[:1], f[:1], f[4:]]), labels),
-    )
-    assert [spread, collapsed] == pytest.approx(
-        [(zero + one) / 2, one / 2], rel=1e-5
-    )  # class 2 has no pair
+def test_diversity_is_the_mean_cosine_distance_within_classes():
+    features = torch.randn(9, 5, generator=random_generator(0))
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2])  # class 2 has no pair and is omitted
+    distances = 1 - torch.cosine_similarity(features[:, None], features, dim=-1)  # (9, 9)
+    zero = distances[:4, :4].sum().item() / 12
+    one = distances[4:8, 4:8].sum().item() / 12
+    assert tc.diversity(features, labels) == pytest.approx((zero + one) / 2, rel=1e-5)
 
 
-def test_nearest_is_brute_force_in_any_chunks():
-    pool = torch.randint(256, (50, 12), generator=RNG.manual_seed(0), dtype=torch.uint8)
-    queries = torch.cat(
-        [torch.randint(256, (15, 12), generator=RNG, dtype=torch.uint8), pool[[49, 3]]]
-    )
-    pairs = (queries[:, None].double() - pool.double()).norm(dim=2)  # (17, 50)
-    for index, distance in (tc.nearest(queries, pool, chunk) for chunk in (1, 7, 100)):
-        assert (
-            torch.equal(index, pairs.argmin(1))
-            and torch.allclose(distance, pairs.amin(1))
-            and (distance[15:] == 0).all()
-        )
+def test_diversity_of_a_collapsed_class_is_zero():
+    direction = torch.randn(1, 5, generator=random_generator(0))
+    features = direction * torch.tensor([[2.0], [1.0], [0.5]])  # (3, 5), equal up to scale
+    assert tc.diversity(features, torch.zeros(3)) == pytest.approx(0, abs=1e-6)
 
 
-def test_frechet_distance_of_correlated_features():
-    a, b = (
-        torch.randn(400, 5, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
-        @ torch.randn(5, 5, generator=torch.Generator().manual_seed(s + 9), dtype=torch.float64)
-        for s in (1, 2)
-    )
-    A, B, apart = a.T.cov(), b.T.cov(), a.mean(0) - b.mean(0)
-    cross = torch.linalg.eigvals(A @ B).real.sqrt().sum()  # the trace of (A^.5 B A^.5)^.5
-    assert tc.frechet_distance(a, b) == pytest.approx(
-        (apart @ apart + A.trace() + B.trace() - 2 * cross).item()
-    )
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_nearest_matches_brute_force(chunk):
+    rng = random_generator(0)
+    pool = torch.randint(256, (50, 12), generator=rng, dtype=torch.uint8)
+    others = torch.randint(256, (15, 12), generator=rng, dtype=torch.uint8)
+    queries = torch.cat([others, pool[[49, 3]]])  # (17, 12)
+    distances = (queries[:, None].double() - pool.double()).norm(dim=2)  # (17, 50)
+    index, distance = tc.nearest(queries, pool, chunk)
+    assert torch.equal(index, distances.argmin(1))
+    assert torch.allclose(distance, distances.amin(1))
+    assert (distance[15:] == 0).all()  # exactly, for copies

@@ -7,222 +7,325 @@ import pytest
 import torch
 from PIL import Image
 
-from common import UserError
-from data import images
+from common.config import UserError
 from data.images import (
-    CodeCache,
     ImageConfig,
-    Shapes,
-    load_pictures,
+    ShapesDataset,
+    image_grid,
+    load_images,
     load_pixels,
-    picks,
-    plain_pictures,
-    scaled,
-    sheet,
+    to_float,
+    to_uint8,
+    unaugmented_images,
 )
 
 CPU = torch.device("cpu")
+RAMP = np.arange(32, dtype=np.uint8) * 7  # brighter to the right
 
 
-def picture(i: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
-    return Image.fromarray(
-        np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    )
+def random_image(seed: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+def write_parquet(path: str, feature=None, **columns) -> str:
+    """A parquet file with a column img of images and a second column of the given feature."""
+    (other,) = columns.keys() - {"img"}
+    features = datasets.Features({"img": datasets.Image(), other: feature})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    return path
 
 
 @pytest.fixture
 def pets(workdir):
-    """A folder in the imagefolder layout with 20 cats and 20 dogs, and the same as hub-like parquet with labels."""
+    """Folder pets/ in the imagefolder layout with 20 cats and 20 dogs; the same in pets.parquet."""
     for i in range(40):
-        folder = Path("pets") / ("cat", "dog")[i % 2]
+        folder = Path("pets", ("cat", "dog")[i % 2])
         folder.mkdir(parents=True, exist_ok=True)
-        picture(i).save(folder / f"{i:02d}.png")
-    features = datasets.Features(
-        {"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
-    )
-    datasets.Dataset.from_dict(
-        {"img": [picture(i) for i in range(40)], "label": [i % 2 for i in range(40)]},
-        features=features,
-    ).to_parquet("pets.parquet")
+        random_image(i).save(folder / f"{i:02d}.png")
+    feature = datasets.ClassLabel(names=["cat", "dog"])
+    images = [random_image(i) for i in range(40)]
+    write_parquet("pets.parquet", feature, img=images, label=[0, 1] * 20)
     return ImageConfig(source="pets", val_fraction=0.3)
 
 
-def contents(data) -> set[bytes]:
-    return {data.pixels(i).tobytes() for i in range(len(data))}
+def contents(data, n: int | None = None) -> set[bytes]:
+    """Pixels of the first n images, all by default."""
+    return {data.pixels(i).tobytes() for i in range(n or len(data))}
 
 
-def test_folder_and_parquet_hold_the_same_pictures_and_no_one_is_on_both_sides(pets):
-    sides = {}
-    for source in ("pets", "pets.parquet", "pet*.parquet"):
-        train, val = (
-            load_pictures(ImageConfig(source=source, val_fraction=0.3), split, 64)
-            for split in ("train", "val")
-        )
-        assert (
-            len(train) + len(val) == 40
-            and 4 <= len(val) <= 20
-            and not contents(train) & contents(val)
-        )
-        assert train.classes == ["cat", "dog"] and train.side == 32
-        sides[source] = contents(train), contents(val)
-    assert sides["pets"] == sides["pets.parquet"] == sides["pet*.parquet"]
-    index = next(i for i in range(len(train)) if train.labels[i] == 1)
-    assert any(
-        (train.pixels(index).transpose(1, 2, 0) == np.asarray(picture(i))).all()
-        for i in range(1, 40, 2)
-    )
+# ---- sources and splits
+every_form = pytest.mark.parametrize("source", ["pets", "pets.parquet", "pet*.parquet"])
 
 
-def test_a_split_or_source_of_its_own_is_validation(pets):
-    for i in range(6):
-        Path(f"own/{('train', 'test')[i % 2]}/cat").mkdir(parents=True, exist_ok=True)
-        picture(100 + i).save(f"own/{('train', 'test')[i % 2]}/cat/{i}.png")
-    assert [
-        len(load_pictures(ImageConfig(source="own"), split, 32)) for split in ("train", "val")
-    ] == [3, 3]
-    other = ImageConfig(source="pets", val_source="own")
-    assert [len(load_pictures(other, split, 32)) for split in ("train", "val")] == [40, 3]
+@every_form
+def test_every_image_is_in_exactly_one_split(pets, source):
+    config = ImageConfig(source=source, val_fraction=0.3)
+    train, val = (load_images(config, split, 64) for split in ("train", "val"))
+    assert len(train) + len(val) == 40
+    assert 4 <= len(val) <= 20
+    assert not contents(train) & contents(val)
 
 
-def test_other_sizes_are_cut_square_and_made_small(workdir):
+@every_form
+def test_the_form_of_a_source_does_not_change_its_splits(pets, source):
+    config = ImageConfig(source=source, val_fraction=0.3)
+    for split in ("train", "val"):
+        expected = contents(load_images(pets, split, 64))
+        assert contents(load_images(config, split, 64)) == expected
+
+
+@every_form
+def test_images_keep_their_pixels_side_and_labels(pets, source):
+    data = load_images(ImageConfig(source=source, val_source=source), "train", 64)
+    assert data.side == 32
+    assert data.classes == ["cat", "dog"]
+    labels = {data.pixels(i).tobytes(): label for i, label in enumerate(data.labels)}
+    for i in range(40):
+        pixels = np.asarray(random_image(i)).transpose(2, 0, 1)
+        assert labels[pixels.tobytes()] == i % 2
+
+
+@pytest.fixture
+def own_test_split(workdir):
+    """Folder own/ with three images in train/ and two in test/."""
+    for i in range(5):
+        folder = Path("own", ("train", "test")[i % 2], "cat")
+        folder.mkdir(parents=True, exist_ok=True)
+        random_image(100 + i).save(folder / f"{i}.png")
+
+
+@pytest.mark.parametrize("split, n_images", [("train", 3), ("val", 2)])
+def test_the_test_split_of_a_source_is_validation(own_test_split, split, n_images):
+    assert len(load_images(ImageConfig(source="own"), split, 32)) == n_images
+
+
+@pytest.mark.parametrize("split, n_images", [("train", 40), ("val", 2)])
+def test_the_test_split_of_a_validation_source_is_validation(pets, own_test_split, split, n_images):
+    config = ImageConfig(source="pets", val_source="own")
+    assert len(load_images(config, split, 32)) == n_images
+
+
+def test_larger_images_are_cropped_to_the_center_and_resized(workdir):
     wide = np.zeros((40, 80, 3), np.uint8)
-    wide[:, 20:60] = 200  # the middle square
+    wide[:, 20:60] = 200  # the center square
     Path("a/x").mkdir(parents=True)
-    for i in range(4):
-        Image.fromarray(wide).save(f"a/x/{i}.png")
-    data = load_pictures(ImageConfig(source="a", val_source="a"), "train", 16)
-    assert (
-        data.side == 16 and (abs(data.pixels(0).astype(int) - 200) < 20).all()
-    )  # edges see a little beyond
-    assert plain_pictures(data, [0, 1], 32, CPU).shape == (2, 3, 32, 32)
+    Image.fromarray(wide).save("a/x/0.png")
+    data = load_images(ImageConfig(source="a", val_source="a"), "train", 16)
+    assert data.pixels(0).shape == (3, 16, 16)
+    # bicubic resampling near the edges reads a little beyond the crop
+    assert (abs(data.pixels(0).astype(int) - 200) < 20).all()
 
 
-def test_text_columns_are_captions_and_never_mirrored(pets):
-    meta = [{"file_name": f"{i}.png", "text": f"a cat left of {i} dogs"} for i in range(4)]
+def test_prepared_images_are_reused(pets, monkeypatch):
+    load_images(pets, "train", 32)
+    monkeypatch.setattr("data.images.open_source", None)
+    assert len(load_images(pets, "train", 32)) > 0
+
+
+def test_a_changed_file_is_prepared_again(pets):
+    before = load_images(pets, "train", 32).id
+    for i in (0, 2, 4, 6, 8, 10):
+        random_image(200 + i).save(f"pets/cat/{i:02d}.png")
+    assert load_images(pets, "train", 32).id != before
+
+
+# ---- augmentation
+def test_augmentation_is_a_function_of_index_and_epoch(pets):
+    data = load_images(pets, "train", 32)
+    images = [data.augmented(3, epoch).tobytes() for epoch in range(10)]
+    assert images == [data.augmented(3, epoch).tobytes() for epoch in range(10)]
+    assert len(set(images)) == 10
+
+
+def n_unflipped(data) -> int:
+    """Of 30 augmentations of RAMP, those that get brighter to the right."""
+    n_images = len(data)
+    data.raw = np.broadcast_to(RAMP[None, None, :, None], (n_images, 32, 32, 3))
+    rows = [data.augmented(0, epoch)[0, 0, 8:24].astype(int) for epoch in range(30)]
+    return sum(row[-1] > row[0] for row in rows)
+
+
+def test_images_with_labels_are_flipped_half_of_the_time(pets):
+    assert 5 < n_unflipped(load_images(pets, "train", 32)) < 25
+
+
+def test_images_with_captions_are_never_flipped(workdir):
+    columns = {"img": [random_image(0)], "text": ["a cat left of a dog"]}
+    source = write_parquet("said.parquet", datasets.Value("string"), **columns)
+    data = load_images(ImageConfig(source=source, val_source=source), "train", 32)
+    assert n_unflipped(data) == 30
+
+
+def test_pixels_are_augmented_only_for_epochs(pets):
+    data = load_images(pets, "train", 32)
+    plain = torch.from_numpy(np.stack([data.pixels(3)]))
+    assert torch.equal(load_pixels(data, [3], None), plain)
+    assert not torch.equal(load_pixels(data, [3], [0]), plain)
+
+
+def test_captions_of_an_image_folder_come_from_its_metadata(workdir):
     Path("said").mkdir()
-    Path("said/metadata.jsonl").write_text("\n".join(map(json.dumps, meta)))
     for i in range(4):
-        Image.fromarray(np.tile(np.arange(32, dtype=np.uint8)[None, :, None] * 7, (32, 1, 3))).save(
-            f"said/{i}.png"
-        )
-    said = load_pictures(ImageConfig(source="said", val_source="said"), "train", 32, captions=True)
-    assert said.caption(2, 0) == said.caption(2, 5) == "a cat left of 2 dogs"
-    rises = [np.diff(said.augmented(0, d)[0, 0].astype(int)[8:24]).sum() > 0 for d in range(30)]
-    assert all(rises)  # brighter to the right, always
-    pet = load_pictures(pets, "train", 32)
-    pet.raw = np.tile(np.arange(32, dtype=np.uint8)[None, None, :, None] * 7, (len(pet), 32, 1, 3))
-    rises = [np.diff(pet.augmented(0, d)[0, 0].astype(int)[8:24]).sum() > 0 for d in range(30)]
-    assert 5 < sum(rises) < 25
+        random_image(i).save(f"said/{i}.png")
+    metadata = [{"file_name": f"{i}.png", "text": f"a cat left of {i} dogs"} for i in range(4)]
+    Path("said/metadata.jsonl").write_text("\n".join(map(json.dumps, metadata)))
+    config = ImageConfig(source="said", val_source="said")
+    data = load_images(config, "train", 32, captions=True)
+    assert data.captions == [f"a cat left of {i} dogs" for i in range(4)]
+    assert data.classes is None and data.labels is None
 
 
-def test_augmentation_is_a_function_of_picture_and_pass(pets):
-    data = load_pictures(pets, "train", 32)
-    draws = [data.augmented(3, d).tobytes() for d in range(10)]
-    assert draws == [data.augmented(3, d).tobytes() for d in range(10)] and len(set(draws)) == 10
-    plain = plain_pictures(data, [3], 32, CPU)
-    assert torch.equal(plain[0], torch.from_numpy(data.pixels(3).copy()).float() / 127.5 - 1)
-    assert not torch.equal(plain, scaled(load_pixels(data, [3], [0]), 32, CPU))
-    assert plain.min() >= -1 and plain.max() <= 1
+# ---- rendered shapes
+def test_splits_of_rendered_shapes_do_not_overlap():
+    assert not contents(ShapesDataset("train", 32), 50) & contents(ShapesDataset("val", 32), 50)
 
 
-def test_captions_of_labels_are_many_and_name_the_class(pets):
-    data = load_pictures(pets, "train", 32)
-    said = [data.caption(0, d) for d in range(300)]
-    names = ("dog", "hound") if data.labels[0] else ("cat",)
-    assert all(any(name in caption.lower() for name in names) for caption in said)
-    assert (
-        len({caption.lower() for caption in said}) > 20
-        and 60 < sum(c[0].isupper() for c in said) < 240
-    )
-    assert sum(c.lower().startswith("a photo of a ") for c in said) > 60 and said == [
-        data.caption(0, d) for d in range(300)
-    ]
-    assert images.article("airplane") == "an airplane" and images.article("ship") == "a ship"
+def test_rendered_shapes_have_the_requested_size():
+    assert load_images(ImageConfig(source="shapes"), "val", 24).pixels(7).shape == (3, 24, 24)
 
 
-def test_every_picture_comes_once_a_pass():
-    seen = [pair for step in range(5) for pair in zip(*picks(step, 4, 10, seed=1))]
-    assert sorted(i for i, draw in seen if draw == 0) == list(range(10)) and {
-        d for _, d in seen
-    } == {0, 1}
+def test_rendered_shapes_are_not_augmented():
+    data = ShapesDataset("train", 32)
+    assert torch.equal(load_pixels(data, [7, 8], [0, 3]), load_pixels(data, [7, 8], None))
 
 
-def test_codes_are_made_once(workdir):
-    asked = []
-
-    def encode(rows):
-        asked.extend(rows)
-        return torch.tensor([[row, 0, 65_534] for row in rows])
-
-    for n_rows in (8, 20):  # opened again, and with more rows
-        cache = CodeCache("cache", {"weights": "a"}, n_rows, 3)
-        assert cache.get([5, 2, 5], encode).tolist() == [
-            [5, 0, 65_534],
-            [2, 0, 65_534],
-            [5, 0, 65_534],
-        ]
-    assert asked == [5, 2] and cache.get([19], encode).tolist() == [[19, 0, 65_534]]
-    CodeCache("cache", {"weights": "b"}, 8, 3).get([5], encode)
-    assert asked == [5, 2, 19, 5]
+# ---- pixel values
+def test_black_and_white_are_minus_one_and_one():
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    images = to_float(pixels, 8, CPU)
+    assert (images[0] == -1).all() and (images[1] == 1).all()
 
 
-def test_shapes_are_endless_and_validation_has_its_own():
-    train, val = Shapes("train", 32), Shapes("val", 32)
-    assert train.caption(7, 0) == train.caption(7, 3) and train.pixels(7).shape == (3, 32, 32)
-    assert not contents_of(train, 50) & contents_of(val, 50)
+def test_pixels_survive_conversion_to_float_and_back():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    back = torch.from_numpy(to_uint8(to_float(pixels, 16, CPU))).permute(0, 3, 1, 2)
+    assert torch.equal(back, pixels)
 
 
-def contents_of(data, n: int) -> set[bytes]:
-    return {data.pixels(i).tobytes() for i in range(n)}
+def test_images_are_resized_to_the_requested_size(pets):
+    data = load_images(pets, "train", 32)
+    assert unaugmented_images(data, [0, 1], 48, CPU).shape == (2, 3, 48, 48)
 
 
-def test_sheet_shows_every_picture_and_its_title():
-    pictures = np.stack([np.full((16, 16, 3), 10 * i, np.uint8) for i in range(5)])
-    plain, titled = (
-        np.asarray(sheet(pictures, 3)),
-        np.asarray(sheet(pictures, 3, titles=["a long title " * 9] * 5)),
-    )
-    assert (
-        all((plain == 10 * i).all(-1).sum() == 256 for i in range(1, 5))
-        and titled.shape[0] > plain.shape[0]
-    )
+def test_unaugmented_images_are_the_stored_ones(pets):
+    data = load_images(pets, "train", 32)
+    expected = torch.from_numpy(data.pixels(3).copy()).float() / 127.5 - 1
+    assert torch.equal(unaugmented_images(data, [3], 32, CPU)[0], expected)
+
+
+# ---- image grid
+@pytest.fixture
+def gray_images():
+    return np.stack([np.full((16, 16, 3), 10 * i, np.uint8) for i in range(1, 6)])
+
+
+@pytest.mark.parametrize("value", [10, 20, 30, 40, 50])
+def test_an_image_grid_shows_every_image_once(gray_images, value):
+    grid = np.asarray(image_grid(gray_images, 3))
+    assert (grid == value).all(-1).sum() == 16 * 16
+
+
+def test_an_image_grid_has_the_requested_number_of_columns(gray_images):
+    assert image_grid(gray_images, 3, gap=2).size == (3 * 18 + 2, 2 * 18 + 2)
+
+
+def test_titles_enlarge_small_images(gray_images):
+    grid = np.asarray(image_grid(gray_images, 3, titles=["a long title " * 9] * 5))
+    assert (grid == 10).all(-1).sum() == 128 * 128
+
+
+@pytest.mark.parametrize("options", [{"heading": "A heading"}, {"titles": ["a title"] * 5}])
+def test_text_in_an_image_grid_is_darker_than_its_background(options):
+    light_images = np.full((5, 16, 16, 3), 250, np.uint8)
+    assert np.asarray(image_grid(light_images, 3)).min() > 200
+    assert np.asarray(image_grid(light_images, 3, **options)).min() < 100
+
+
+# ---- errors
+@pytest.mark.parametrize("fraction", [0, 1])
+def test_validation_fractions_out_of_range_are_refused(fraction):
+    with pytest.raises(ValueError, match=f"val_fraction is {fraction}; it must be between"):
+        ImageConfig(val_fraction=fraction)
+
+
+def not_an_image(path: Path) -> None:
+    path.write_bytes(b"not an image")
+
+
+def half_an_image(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:500])
+
+
+@pytest.mark.parametrize("damage", [not_an_image, half_an_image])
+def test_a_damaged_image_is_named(pets, damage):
+    damage(Path("pets/cat/00.png"))
+    with pytest.raises(UserError, match="00.png of pets cannot be read: .*; fix or remove it"):
+        load_images(pets, "train", 32)
+
+
+def test_a_failed_preparation_leaves_no_prepared_folder(pets):
+    not_an_image(Path("pets/cat/38.png"))
+    with pytest.raises(UserError, match="38.png"):
+        load_images(pets, "train", 32)
+    assert not list(Path("cache").rglob("manifest.json"))
+    random_image(38).save("pets/cat/38.png")
+    assert len(load_images(pets, "train", 32)) > 20
+
+
+def test_a_damaged_prepared_folder_is_named(pets):
+    load_images(pets, "train", 32)
+    (manifest,) = Path("cache/images").rglob("manifest.json")
+    manifest.write_text('{"count": 5')
+    with pytest.raises(UserError, match="cache/images/train-.* is damaged; delete it"):
+        load_images(pets, "train", 32)
 
 
 @pytest.mark.parametrize(
-    "make, says",
+    "source, message",
     [
-        (
-            lambda: Path("pets/cat/00.png").write_bytes(b"no picture"),
-            "00.png of pets cannot be read",
-        ),
-        (
-            lambda: Path("pets/cat/00.png").write_bytes(Path("pets/cat/02.png").read_bytes()[:500]),
-            "00.png of pets cannot be read",
-        ),
+        ("missing.parquet", "missing.parquet is neither a folder nor a .parquet file"),
+        ("./missing", "./missing is neither a folder nor a .parquet file"),
+        ("corpus.jsonl", "corpus.jsonl has files that are not .parquet"),
     ],
 )
-def test_a_broken_picture_is_named(pets, make, says):
-    make()
-    with pytest.raises(UserError, match=says):
-        load_pictures(pets, "train", 32)
-    assert not list(Path("cache").rglob("manifest.json"))  # nothing half-done is taken for whole
+def test_a_path_without_images_is_named(workdir, source, message):
+    with pytest.raises(UserError, match=message):
+        load_images(ImageConfig(source=source), "train", 32)
 
 
-def test_sources_without_pictures_or_captions(pets):
+def test_a_source_without_images_names_its_columns(workdir):
     datasets.Dataset.from_dict({"text": ["a"], "n": [1]}).to_parquet("text.parquet")
-    with pytest.raises(UserError, match="no column of pictures but text, n"):
-        load_pictures(ImageConfig(source="text.parquet"), "train", 32)
-    datasets.Dataset.from_dict(
-        {"img": [picture(1)], "n": [3]},
-        features=datasets.Features({"img": datasets.Image(), "n": datasets.Value("int64")}),
-    ).to_parquet("bare.parquet")
-    bare = ImageConfig(source="bare.parquet", val_source="bare.parquet")
-    assert len(load_pictures(bare, "train", 32)) == 1  # enough for a VQ-VAE
-    with pytest.raises(UserError, match="neither labels with names nor a column `text`"):
-        load_pictures(bare, "train", 32, captions=True)
-    datasets.Dataset.from_dict(
-        {"img": [picture(1), None], "text": ["a", "b"]},
-        features=datasets.Features({"img": datasets.Image(), "text": datasets.Value("string")}),
-    ).to_parquet("gap.parquet")
-    with pytest.raises(UserError, match="picture number 1 of gap.parquet cannot be read"):
-        load_pictures(ImageConfig(source="gap.parquet", val_source="gap.parquet"), "train", 32)
+    with pytest.raises(UserError, match="text.parquet has no column of images, only text, n"):
+        load_images(ImageConfig(source="text.parquet"), "train", 32)
+
+
+@pytest.fixture
+def bare(workdir):
+    """A source of one image without a caption."""
+    source = write_parquet("bare.parquet", datasets.Value("int64"), img=[random_image(1)], n=[3])
+    return ImageConfig(source=source, val_source=source)
+
+
+def test_images_do_not_need_captions_for_a_vqvae(bare):
+    assert len(load_images(bare, "train", 32)) == 1
+
+
+def test_required_captions_that_are_missing_are_reported(bare):
+    with pytest.raises(UserError, match="bare.parquet has no captions; add a column `text`"):
+        load_images(bare, "train", 32, captions=True)
+
+
+@pytest.mark.parametrize(
+    "image, text, message",
+    [
+        (None, "b", "image number 1 of gap.parquet cannot be read"),
+        (random_image(1), " ", "image number 1 of gap.parquet has nothing in column 'text'"),
+        (random_image(1), None, "image number 1 of gap.parquet has nothing in column 'text'"),
+    ],
+)
+def test_a_missing_image_or_caption_is_named(workdir, image, text, message):
+    images, texts = [random_image(0), image], ["a", text]
+    source = write_parquet("gap.parquet", datasets.Value("string"), img=images, text=texts)
+    with pytest.raises(UserError, match=message):
+        load_images(ImageConfig(source=source, val_source=source), "train", 32)

@@ -6,342 +6,466 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from helpers import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import train_llm
-from cross_entropy import ChunkedCrossEntropy
-from model import KVCache, Llama, ModelConfig, sample
+from model import ChunkedCrossEntropy, KVCache, Llama, ModelConfig, sample
 from muon import build_optimizers
-from tools.bench import apertus
 
-CONFIG = ModelConfig(
-    vocab_size=101, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, seq_len=24
-)
-EXTRAS = replace(CONFIG, affixes=40, value_shortcut=True, canon=3)
+SHAPE = {"vocab_size": 101, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "seq_len": 24}
+PLAIN = ModelConfig(n_layers=3, **SHAPE)
+EXTRAS = replace(PLAIN, subwords=40, value_embed=True, canon=3)
+IMAGES = replace(PLAIN, n_image_positions=4)
+plain_and_extras = pytest.mark.parametrize("config", [PLAIN, EXTRAS], ids=["plain", "extras"])
 
 
-def make(config=CONFIG, seed=0, std=0.2, **kwargs) -> Llama:
+def make_model(config=PLAIN, seed=0, std=0.2, **kwargs) -> Llama:
     """A model whose weights are large enough for every part to matter to the logits."""
     model = Llama(config, **kwargs)
     model.init_weights(torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(
-                torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * std
-                + (p.ndim == 1)
-            )
-        if config.affixes:
-            model.spelling.random_(-1, config.affixes, generator=torch.Generator().manual_seed(1))
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+            p.copy_(noise * std + (p.ndim == 1))
+        if config.subwords:
+            generator = torch.Generator().manual_seed(1)
+            model.token_subwords.random_(-1, config.subwords, generator=generator)
     return model
 
 
-def tokens(batch, length, seed=0):
-    return torch.randint(
-        CONFIG.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed)
-    )
-
-
-def test_same_logits_as_transformers_apertus():
-    model = make()
-    x = tokens(2, 24)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model(x), apertus(model).eval()(input_ids=x).logits, atol=1e-4, rtol=1e-4
-        )
-
-
-def test_chunked_loss_and_gradients_equal_the_plain_ones(monkeypatch):
-    monkeypatch.setattr(
-        "cross_entropy.CHUNK_LOGITS", 7 * 101
-    )  # 7 rows at a time, the last chunk shorter
-    h, w = torch.randn(24, 16, requires_grad=True), torch.randn(101, 16, requires_grad=True)
-    targets = torch.randint(101, (24,))
-    plain = F.cross_entropy(h @ w.T, targets)
-    expected = torch.autograd.grad(3 * plain, (h, w))
-    chunked = ChunkedCrossEntropy.apply(h, w, targets)
-    torch.testing.assert_close(chunked, plain)
-    for ours, theirs in zip(torch.autograd.grad(3 * chunked, (h, w)), expected):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-    with torch.no_grad():
-        torch.testing.assert_close(ChunkedCrossEntropy.apply(h, w, targets), plain)
-
-
-def test_affixes_add_to_the_vectors_of_the_tokens_that_have_them():
-    model = make(replace(CONFIG, affixes=40))
-    by_hand = torch.stack(
-        [
-            own + sum(model.affixes.weight[i] for i in row if i >= 0)
-            for own, row in zip(model.embed.weight, model.spelling)
-        ]
-    )
-    torch.testing.assert_close(model.vectors(slice(None)), by_hand)
-    plain = make()
-    plain.load_state_dict(
-        {
-            **{k: v for k, v in model.state_dict().items() if k in plain.state_dict()},
-            "embed.weight": by_hand,
-        }
-    )
-    torch.testing.assert_close(model(tokens(2, 24)), plain(tokens(2, 24)))  # as input and as output
-
-
-def test_a_token_never_seen_moves_with_those_that_share_its_affixes():
-    model = Llama(EXTRAS)
-    model.init_weights(torch.Generator().manual_seed(0))
-    model.spelling[[7, 8, 90], 0] = 3
-    before = model.vectors(slice(None)).detach().clone()
-    x = tokens(8, 24).clamp(max=80)
-    for optimizer in build_optimizers(
-        model, muon_lr=0.02, muon_wd=0, adamw_lr=0.01, adamw_wd=0, adamw_beta2=0.99
-    ):
-        model(x, x.roll(1)).backward()
-        optimizer.step()
-    moved = model.vectors(slice(None)) - before
-    shared = model.affixes.weight[3]
-    assert shared.abs().min() > 0 and torch.equal(model.affixes.weight[4], torch.zeros(32))
-    own = model.embed.weight - before
-    torch.testing.assert_close(moved[90] - own[90], shared)
-    torch.testing.assert_close(moved[91], own[91])
-
-
-def test_values_read_the_embedding_of_their_token_in_every_layer():
-    model, x, seen = make(EXTRAS), tokens(2, 24), []
-    for block in model.blocks:
-        block.attn.v_embed_proj.register_forward_hook(
-            lambda module, inputs, output: seen.append((module, output))
-        )
-    logits, embedded = model(x), F.rms_norm(model.vectors(x), (32,))
-    assert [module for module, _ in seen] == [block.attn.v_embed_proj for block in model.blocks]
-    for module, output in seen:
-        torch.testing.assert_close(output, embedded @ module.weight.T)
-    torch.nn.init.zeros_(model.blocks[-1].attn.v_embed_proj.weight)
-    assert not torch.allclose(model(x), logits)
-
-
-def test_canon_layers_add_the_positions_before_by_channel_before_attention_and_mlp():
-    model, x = make(EXTRAS), tokens(2, 24)
-    block, inputs = model.blocks[1], {}
-    for module in (block.attn_norm, block.mlp_norm):
-        module.register_forward_hook(lambda module, args, output: inputs.update({module: output}))
-    for module in (block.attn.q_proj, block.mlp.up_proj):
-        module.register_forward_hook(lambda module, args, output: inputs.update({module: args[0]}))
-    model(x)
-    for norm, canon, reader in [
-        (block.attn_norm, block.attn_canon, block.attn.q_proj),
-        (block.mlp_norm, block.mlp_canon, block.mlp.up_proj),
-    ]:
-        by_hand = inputs[norm].clone()
-        for t in range(24):
-            for i in range(1, min(t, 3) + 1):
-                by_hand[:, t] += canon.weight[i - 1] * inputs[norm][:, t - i]
-        torch.testing.assert_close(inputs[reader], by_hand)
-    model.init_weights()
-    assert not any(
-        p.any() for name, p in model.named_parameters() if "canon" in name
-    )  # training starts as a plain model
-
-
-def test_a_folded_model_is_the_same_function_without_affixes():
-    model, x = make(EXTRAS), tokens(2, 24)
-    before = model(x)
-    folded, plain = model.fold(), Llama(replace(EXTRAS, affixes=0))
-    assert (
-        folded.n_params() == plain.n_params()
-        and folded.state_dict().keys() == plain.state_dict().keys()
-    )
-    torch.testing.assert_close(folded(x), before)
-
-
-@pytest.mark.parametrize("config", [CONFIG, EXTRAS], ids=["plain", "extras"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_model_compiles_as_one_graph(dtype, config, monkeypatch):
-    """Traced and differentiated as torch.compile does it, without the code generation that needs a C++ compiler."""
-    monkeypatch.setattr("cross_entropy.CHUNK_LOGITS", 7 * 101)
-    model, x = make(config, compute_dtype=dtype), tokens(2, 24)
-    compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
-    params = list(model.parameters())
-    plain, traced = model(x, x.roll(1)), compiled(x, x.roll(1))
-    torch.testing.assert_close(traced, plain)
-    for a, b in zip(torch.autograd.grad(traced, params), torch.autograd.grad(plain, params)):
-        torch.testing.assert_close(a, b, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=1e-2)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x, x.roll(1)), plain.detach())
-
-
-def test_loss_of_88m_shape_stays_far_below_one_tensor_of_logits():
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tools.bench",
-            "loss",
-            "--device=cpu",
-            "--model.d_model=16",
-            "--model.n_heads=2",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    gigabytes = float(done.stdout.split("d_model 16: ")[1].split(" GB")[0])
-    assert 0.1 < gigabytes < 1.2, done.stdout  # logits alone would be 3.2 GB
-
-
-def test_loss_is_the_mean_next_token_loss():
-    model = make()
-    x = tokens(2, 9)
-    logits = model(x[:, :-1])
-    by_hand = -torch.stack(
-        [logits[b, t].log_softmax(-1)[x[b, t + 1]] for b in range(2) for t in range(8)]
-    ).mean()
-    torch.testing.assert_close(model(x[:, :-1], x[:, 1:]), by_hand)
-
-
-def test_fresh_model_is_as_wrong_as_guessing():
-    model = Llama(CONFIG)
-    model.init_weights()
-    x = tokens(8, 24)
-    assert model(x, x.roll(1)).item() == pytest.approx(math.log(CONFIG.vocab_size), rel=0.05)
-
-
-def test_every_weight_is_initialized():
-    model = Llama(CONFIG)
-    for p in model.parameters():
-        torch.nn.init.constant_(p, math.nan)
-    model.init_weights()
-    assert all(torch.isfinite(p).all() for p in (*model.parameters(), *model.buffers()))
-    model.extra = torch.nn.Parameter(torch.zeros(3, 3, 3))
-    with pytest.raises(ValueError, match="extra"):
-        model.init_weights()
-
-
-@pytest.mark.parametrize("config", [CONFIG, EXTRAS], ids=["plain", "extras"])
-def test_no_position_sees_a_later_one(config):
-    model = make(config)
-    x = tokens(1, 24)
-    y = x.clone()
-    y[0, 10] += 1
-    a, b = model(x), model(y)
-    assert torch.equal(a[:, :10], b[:, :10]) and not torch.allclose(a[:, 10:], b[:, 10:])
-
-
-@pytest.mark.parametrize("config", [CONFIG, EXTRAS], ids=["plain", "extras"])
-@pytest.mark.parametrize("length", [1, 23, 24])
-def test_cached_decoding_equals_the_full_forward(length, config):
-    model, x = make(config), tokens(3, 24)
-    with torch.no_grad():
-        full = model(x)
-        cache = KVCache(CONFIG, 3, 24, x.device, torch.float32)
-        parts = [model(x[:, :length], cache=cache)]
-        parts += [model(x[:, t : t + 1], cache=cache) for t in range(length, 24)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-5, rtol=1e-5)
-    with pytest.raises(AssertionError, match="seq_len is 24"):
-        model(x[:, :1], cache=cache)
-
-
-def test_cache_takes_several_positions_at_a_time_and_rows_do_not_mix():
-    model, x = make(EXTRAS), tokens(3, 24)
-    with torch.no_grad():
-        cache = KVCache(CONFIG, 3, 24, x.device, torch.float32)
-        parts = torch.cat([model(part, cache=cache) for part in x.split([5, 7, 12], dim=1)], dim=1)
-        for row in range(3):
-            torch.testing.assert_close(parts[row], model(x[row : row + 1])[0], atol=1e-5, rtol=1e-5)
+def random_tokens(batch, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(PLAIN.vocab_size, (batch, length), generator=generator)
 
 
 def generators(n, seed=0):
     return [torch.Generator().manual_seed(seed + i) for i in range(n)]
 
 
-@pytest.mark.parametrize("config", [CONFIG, EXTRAS], ids=["plain", "extras"])
-def test_greedy_generation_equals_argmax_of_full_forwards(config):
-    model, x = make(config), tokens(2, 3)
-    with torch.no_grad():
-        ours = torch.stack(
-            list(model.generate(x, 100, generators=generators(2), temperature=0)), dim=1
-        )
-        for _ in range(21):
-            x = torch.cat((x, model(x)[:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert torch.equal(ours, x[:, 3:])  # and it ended when the context was full
+def make_cache(batch):
+    return KVCache(PLAIN, batch, 24, torch.device("cpu"), torch.float32)
 
 
-def test_a_row_draws_the_same_whatever_is_beside_it():
-    model, x = make(std=0.05), tokens(1, 4)
-    alone = torch.stack(list(model.generate(x, 12, generators=generators(1, seed=2))), dim=1)
-    beside = torch.stack(list(model.generate(x.expand(5, -1), 12, generators=generators(5))), dim=1)
-    assert torch.equal(alone[0], beside[2])
-    assert len(set(beside[:, 0].tolist())) > 1, "every row began with the same token"
-
-
-def test_sampling_options():
-    uniforms = torch.arange(1000) / 1000  # from 0 on: it must not fall on what is left out
-    logits = torch.tensor([[1.0, 4.0, 3.0, 2.0]]).repeat(1000, 1)
-
-    def drawn(temperature=1.0, top_k=0, top_p=1.0):
-        return set(sample(logits, uniforms, temperature, top_k, top_p).tolist())
-
-    assert (
-        drawn(temperature=0)
-        == {1}
-        == drawn(top_k=1)
-        == drawn(top_p=1e-9)
-        == drawn(temperature=0.01)
-    )
-    assert drawn(top_k=2) == {1, 2} == drawn(top_p=0.8)  # probabilities 0.03, 0.64, 0.24, 0.09
-    assert drawn() == {0, 1, 2, 3} == drawn(top_k=9)
-    shares = sample(logits, uniforms, 1.0, 0, 1.0).bincount() / 1000
-    torch.testing.assert_close(shares, logits[0].softmax(0), atol=2e-3, rtol=0)
-    end = torch.tensor([1 - 2**-24])  # the largest below 1 takes the last that is left in
-    assert sample(logits[:1], end, 1.0, 0, 1.0) == 3 and sample(logits[:1], end, 1.0, 2, 1.0) == 2
-
-
-def test_bf16_computes_near_fp32_and_keeps_fp32_weights():
-    exact, rough = make(), make(compute_dtype=torch.bfloat16)
-    x = tokens(2, 24)
-    a, b = exact(x, x.roll(1)), rough(x, x.roll(1))
-    b.backward()
-    assert b.item() == pytest.approx(a.item(), rel=0.02) and b.item() != a.item()
-    assert (
-        {p.dtype for p in rough.parameters()}
-        == {p.grad.dtype for p in rough.parameters()}
-        == {torch.float32}
-    )
-
-
-@pytest.mark.parametrize("config", [CONFIG, EXTRAS], ids=["plain", "extras"])
-def test_flops_match_those_counted_by_torch(config):
-    model = Llama(config)
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # it counts no fused attention
-        F.cross_entropy(model(tokens(2, 24)).flatten(0, 1), tokens(2, 24).flatten()).backward()
-    attention = (
-        12 * CONFIG.n_layers * CONFIG.d_model * CONFIG.seq_len
-    )  # torch counts the masked half too
-    counted = counter.get_total_flops() / 48
-    assert model.flops_per_token() + attention / 2 == pytest.approx(counted, rel=0.01)
-
-
-def test_published_shape_has_88_million_parameters():
-    with torch.device("meta"):
-        plain, default = Llama(ModelConfig()), Llama(train_llm.Config().model)
-    assert round(plain.n_params() / 1e6) == 89 and plain.n_params() < default.n_params() < 90e6
+# ---- config
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("values", "message"),
     [
-        {"n_layers": 0},
-        {"d_ff": -4},
-        {"n_kv_heads": 3},
-        {"d_model": 33},
-        {"vocab_size": 70_000},
-        {"canon": -1},
+        ({"n_layers": 0}, "model.n_layers is 0; it must be positive"),
+        ({"d_ff": -4}, "model.d_ff is -4; it must be positive"),
+        ({"canon": -1}, "model.canon is -1; it must be 0 or more"),
+        ({"canon": 2048}, "model.canon is 2048; it must be less than model.seq_len 2048"),
+        ({"n_kv_heads": 3}, "model.n_heads 8 is not divisible by model.n_kv_heads 3"),
+        ({"d_model": 33}, "model.d_model 33 does not split into 8 heads .* a multiple of 16"),
+        ({"vocab_size": 70_000}, "model.vocab_size is 70000; it must be at most 65536"),
     ],
 )
-def test_impossible_shapes_are_refused(bad):
-    with pytest.raises(ValueError, match=next(iter(bad)) + "|n_heads"):
-        ModelConfig(**bad)
+def test_config_rejects_an_invalid_shape(values, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**values)
+
+
+def test_default_model_has_89_million_parameters():
+    with torch.device("meta"):
+        assert round(Llama(ModelConfig()).n_params() / 1e6) == 89
+
+
+def test_train_llm_default_is_slightly_larger_than_the_plain_model():
+    import train_llm
+
+    with torch.device("meta"):
+        plain, default = Llama(ModelConfig()), Llama(train_llm.Config().model)
+    assert plain.n_params() < default.n_params() < 90e6
+
+
+# ---- initialization
+
+
+def test_init_weights_initializes_every_parameter():
+    model = Llama(replace(EXTRAS, n_image_positions=4))
+    for p in model.parameters():
+        torch.nn.init.constant_(p, math.nan)
+    model.init_weights()
+    assert [name for name, p in model.named_parameters() if not torch.isfinite(p).all()] == []
+
+
+def test_init_weights_rejects_an_unknown_parameter():
+    model = Llama(PLAIN)
+    model.extra = torch.nn.Parameter(torch.zeros(3, 3, 3))
+    with pytest.raises(ValueError, match="extra"):
+        model.init_weights()
+
+
+def test_initial_loss_equals_uniform_guessing():
+    model = Llama(PLAIN)
+    model.init_weights(torch.Generator().manual_seed(0))
+    x = random_tokens(8, 24)
+    assert model(x, x.roll(1)).item() == pytest.approx(math.log(PLAIN.vocab_size), rel=0.05)
+
+
+# ---- forward pass
+
+
+def test_logits_equal_those_of_transformers_apertus():
+    from tools.bench import apertus
+
+    model, x = make_model(), random_tokens(2, 24)
+    with torch.no_grad():
+        expected = apertus(model).eval()(input_ids=x).logits
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
+
+
+@plain_and_extras
+def test_no_position_attends_to_a_later_one(config):
+    model, x = make_model(config), random_tokens(1, 24)
+    changed = x.clone()
+    changed[0, 10] += 1
+    before, after = model(x), model(changed)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+def test_bf16_loss_is_close_to_fp32():
+    x = random_tokens(2, 24)
+    exact = make_model()(x, x.roll(1)).item()
+    rounded = make_model(compute_dtype=torch.bfloat16)(x, x.roll(1)).item()
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact
+
+
+def test_bf16_model_keeps_weights_and_gradients_in_fp32():
+    model, x = make_model(compute_dtype=torch.bfloat16), random_tokens(2, 24)
+    model(x, x.roll(1)).backward()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+@plain_and_extras
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model_compiles_as_one_graph(dtype, config, monkeypatch):
+    """aot_eager traces and differentiates as torch.compile does, without a C++ compiler."""
+    monkeypatch.setattr("model.CHUNK_LOGITS", 7 * 101)
+    model, x = make_model(config, compute_dtype=dtype), random_tokens(2, 24)
+    compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
+    params = list(model.parameters())
+    eager, traced = model(x, x.roll(1)), compiled(x, x.roll(1))
+    torch.testing.assert_close(traced, eager)
+    atol = 1e-5 if dtype == torch.float32 else 1e-2
+    grads = zip(
+        torch.autograd.grad(traced, params), torch.autograd.grad(eager, params), strict=True
+    )
+    for actual, expected in grads:
+        torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, x.roll(1)), eager.detach())
+
+
+@plain_and_extras
+def test_flops_per_token_match_the_count_of_torch(config):
+    model, x = Llama(config), random_tokens(2, 24)
+    # MATH: the counter does not count fused attention
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        F.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+    masked_half = 6 * config.n_layers * config.d_model * config.seq_len  # counted by torch, not us
+    counted = counter.get_total_flops() / x.numel()
+    assert model.flops_per_token() + masked_half == pytest.approx(counted, rel=0.01)
+
+
+# ---- subwords
+
+
+def test_embedding_is_the_token_vector_plus_its_subword_vectors():
+    model = make_model(replace(PLAIN, subwords=40))
+    expected = model.embed.weight.detach().clone()
+    for token, subwords in enumerate(model.token_subwords):
+        expected[token] += model.subwords.weight[subwords[subwords >= 0]].sum(0)
+    torch.testing.assert_close(model.embed_tokens(slice(None)), expected)
+    torch.testing.assert_close(model.embed_tokens(slice(7, 20)), expected[7:20])
+    x = random_tokens(2, 24)
+    torch.testing.assert_close(model.embed_tokens(x), expected[x])
+
+
+def test_training_moves_an_unseen_token_that_shares_a_subword():
+    model = Llama(EXTRAS)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.token_subwords[[7, 8, 90], 0] = 3
+    before = model.embed_tokens(slice(None)).detach().clone()
+    x = random_tokens(8, 24).clamp(max=80)  # token 90 is never seen
+    options = {"muon_lr": 0.02, "muon_wd": 0, "adamw_lr": 0.01, "adamw_wd": 0, "adamw_beta2": 0.99}
+    for optimizer in build_optimizers(model, **options):
+        model(x, x.roll(1)).backward()
+        optimizer.step()
+    own = model.embed.weight - before
+    moved = model.embed_tokens(slice(None)) - before
+    shared = model.subwords.weight[3]
+    assert shared.abs().min() > 0
+    torch.testing.assert_close(moved[90] - own[90], shared)
+    torch.testing.assert_close(moved[91], own[91])
+
+
+def test_training_leaves_a_subword_without_tokens_at_zero():
+    model = Llama(EXTRAS)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.token_subwords[7, 0] = 3
+    x = random_tokens(8, 24)
+    model(x, x.roll(1)).backward()
+    assert model.subwords.weight.grad[3].any()
+    assert not model.subwords.weight.grad[4].any()
+
+
+def test_fold_subwords_keeps_the_function():
+    model, x = make_model(EXTRAS), random_tokens(2, 24)
+    before = model(x)
+    torch.testing.assert_close(model.fold_subwords()(x), before)
+
+
+def test_fold_subwords_gives_a_model_without_subwords():
+    folded, expected = make_model(EXTRAS).fold_subwords(), Llama(replace(EXTRAS, subwords=0))
+    assert folded.config == expected.config
+    assert folded.n_params() == expected.n_params()
+    assert folded.state_dict().keys() == expected.state_dict().keys()
+
+
+# ---- value embeddings
+
+
+def test_every_layer_projects_the_normalized_embedding_into_its_values():
+    model, x, outputs = make_model(EXTRAS), random_tokens(2, 24), []
+    projections = [block.attn.v_embed_proj for block in model.blocks]
+    for projection in projections:
+        projection.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    model(x)
+    embedding = F.rms_norm(model.embed_tokens(x), (32,))
+    for projection, output in zip(projections, outputs, strict=True):
+        torch.testing.assert_close(output, embedding @ projection.weight.T)
+
+
+def test_value_embeddings_change_the_logits():
+    model, x = make_model(EXTRAS), random_tokens(2, 24)
+    before = model(x)
+    torch.nn.init.zeros_(model.blocks[-1].attn.v_embed_proj.weight)
+    assert not torch.allclose(model(x), before)
+
+
+# ---- Canon layers
+
+
+@pytest.mark.parametrize(
+    ("norm", "canon", "reader"),
+    [("attn_norm", "attn_canon", "attn.q_proj"), ("mlp_norm", "mlp_canon", "mlp.up_proj")],
+)
+def test_canon_layer_adds_weighted_preceding_positions(norm, canon, reader):
+    model, inputs, outputs = make_model(EXTRAS), {}, {}
+
+    def remember(module, args, output):
+        inputs[module], outputs[module] = args[0], output
+
+    block = model.blocks[1]
+    norm, canon, reader = map(block.get_submodule, (norm, canon, reader))
+    norm.register_forward_hook(remember)
+    reader.register_forward_hook(remember)
+    model(random_tokens(2, 24))
+    expected = outputs[norm].clone()
+    for t in range(24):
+        for i in range(1, min(t, 3) + 1):
+            expected[:, t] += canon.weight[i - 1] * outputs[norm][:, t - i]
+    torch.testing.assert_close(inputs[reader], expected)
+
+
+def test_canon_weights_start_at_zero():
+    model = make_model(EXTRAS)
+    model.init_weights()
+    weights = [p for name, p in model.named_parameters() if "canon" in name]
+    assert len(weights) == 2 * EXTRAS.n_layers
+    assert not any(p.any() for p in weights)
+
+
+# ---- image positions
+
+
+def text_positions(length):
+    """Position ids of text: row and column are equal; no position predicts an image token."""
+    index = torch.arange(length).expand(2, -1)
+    return torch.stack((index, index), dim=-1), torch.full((2, length), -1)
+
+
+def test_position_ids_of_text_equal_the_default():
+    model, x = make_model(IMAGES), random_tokens(2, 24)
+    position_ids, target_positions = text_positions(24)
+    actual = model.hidden(x, position_ids=position_ids, target_positions=target_positions)
+    torch.testing.assert_close(actual, model.hidden(x))
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["row", "column"])
+def test_both_coordinates_of_position_ids_matter(axis):
+    model, x = make_model(IMAGES), random_tokens(2, 24)
+    position_ids, target_positions = text_positions(24)
+    moved = position_ids.clone()
+    moved[:, 10, axis] += 3
+    before = model.hidden(x, position_ids=position_ids, target_positions=target_positions)
+    after = model.hidden(x, position_ids=moved, target_positions=target_positions)
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+def test_image_position_embedding_is_added_where_an_image_token_is_predicted():
+    model, x, inputs = make_model(IMAGES), random_tokens(2, 24), []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    position_ids, target_positions = text_positions(24)
+    target_positions[:, 6:10] = torch.arange(4)
+    model.hidden(x, position_ids=position_ids, target_positions=target_positions)
+    expected = model.embed_tokens(x)
+    expected[:, 6:10] += model.image_positions.weight
+    torch.testing.assert_close(inputs[0], expected * 32**0.5)
+
+
+def test_hidden_rejects_position_ids_without_target_positions():
+    with pytest.raises(AssertionError, match="pass both or neither"):
+        make_model(IMAGES).hidden(random_tokens(2, 24), position_ids=text_positions(24)[0])
+
+
+# ---- decoding with a cache
+
+
+@plain_and_extras
+@pytest.mark.parametrize("length", [1, 23, 24])
+def test_cached_decoding_equals_the_full_forward(length, config):
+    model, x = make_model(config), random_tokens(3, 24)
+    with torch.no_grad():
+        cache = make_cache(batch=3)
+        parts = [model(x[:, :length], cache=cache)]
+        parts += [model(x[:, t : t + 1], cache=cache) for t in range(length, 24)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_cache_accepts_several_positions_at_once_and_keeps_sequences_apart(row):
+    model, x = make_model(EXTRAS), random_tokens(3, 24)
+    with torch.no_grad():
+        cache = make_cache(batch=3)
+        parts = [model(part, cache=cache) for part in x.split([5, 7, 12], dim=1)]
+        actual, expected = torch.cat(parts, dim=1)[row], model(x[row : row + 1])[0]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_forward_rejects_more_positions_than_seq_len():
+    model, x, cache = make_model(), random_tokens(3, 24), make_cache(batch=3)
+    model(x, cache=cache)
+    with pytest.raises(AssertionError, match="24 . 1 positions, seq_len is 24"):
+        model(x[:, :1], cache=cache)
+
+
+# ---- generation and sampling
+
+
+@plain_and_extras
+def test_greedy_generation_equals_argmax_of_full_forwards(config):
+    model, x = make_model(config), random_tokens(2, 3)
+    generated = list(model.generate(x, 100, generators=generators(2), temperature=0))
+    assert len(generated) == 21  # it stops when seq_len is full
+    with torch.no_grad():
+        for _ in range(21):
+            x = torch.cat((x, model(x)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(torch.stack(generated, dim=1), x[:, 3:])
+
+
+def test_generated_sequence_does_not_depend_on_its_batch():
+    model, x = make_model(std=0.05), random_tokens(1, 4)
+    alone = list(model.generate(x, 12, generators=generators(1, seed=2)))
+    batch = list(model.generate(x.expand(5, -1), 12, generators=generators(5)))
+    assert torch.equal(torch.stack(alone, dim=1)[0], torch.stack(batch, dim=1)[2])
+
+
+def test_sequences_of_a_batch_start_with_different_tokens():
+    model, x = make_model(std=0.05), random_tokens(1, 4)
+    first = next(model.generate(x.expand(5, -1), 12, generators=generators(5)))
+    assert len(set(first.tolist())) > 1
+
+
+def test_generation_stays_inside_the_vocab_slice():
+    model, x = make_model(std=0.05), random_tokens(5, 4)
+    sampled = model.generate(x, 20, generators=generators(5), vocab_slice=slice(7))
+    assert max(int(tokens.max()) for tokens in sampled) <= 6
+
+
+LOGITS = torch.tensor([[1.0, 4.0, 3.0, 2.0]]).repeat(1000, 1)  # probabilities .03 .64 .24 .09
+UNIFORMS = torch.arange(1000) / 1000  # starts at 0, which must not select a removed token
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {0, 1, 2, 3}),
+        ({"temperature": 0}, {1}),
+        ({"temperature": 0.01}, {1}),
+        ({"top_k": 1}, {1}),
+        ({"top_k": 2}, {1, 2}),
+        ({"top_k": 9}, {0, 1, 2, 3}),
+        ({"top_p": 1e-9}, {1}),
+        ({"top_p": 0.8}, {1, 2}),
+    ],
+    ids=str,
+)
+def test_sampling_options_limit_the_tokens(options, expected):
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
+    assert set(sample(LOGITS, UNIFORMS, **options).tolist()) == expected
+
+
+def test_sampled_frequencies_equal_the_probabilities():
+    frequencies = sample(LOGITS, UNIFORMS, 1.0, 0, 1.0).bincount() / 1000
+    torch.testing.assert_close(frequencies, LOGITS[0].softmax(0), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("top_k", "expected"), [(0, 3), (2, 2)])
+def test_largest_uniform_below_one_selects_the_last_allowed_token(top_k, expected):
+    assert sample(LOGITS[:1], torch.tensor([1 - 2**-24]), 1.0, top_k, 1.0).item() == expected
+
+
+# ---- loss
+
+
+def test_loss_is_the_mean_next_token_loss():
+    model, x = make_model(), random_tokens(2, 9)
+    log_probs = model(x[:, :-1]).log_softmax(-1)
+    expected = -log_probs.gather(2, x[:, 1:, None]).mean()
+    torch.testing.assert_close(model(x[:, :-1], x[:, 1:]), expected)
+
+
+def test_loss_over_a_vocab_slice_normalizes_over_the_slice():
+    model, targets = make_model(), random_tokens(2, 24) % 50
+    hidden = model.hidden(random_tokens(2, 24))
+    expected = F.cross_entropy(model.head(hidden)[..., 20:70].flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model.loss(hidden, targets, slice(20, 70)), expected)
+
+
+def chunked_loss_inputs():
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(24, 16, generator=generator).requires_grad_()
+    weight = torch.randn(101, 16, generator=generator).requires_grad_()
+    return h, weight, torch.randint(101, (24,), generator=generator)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "evaluation"])
+def test_chunked_loss_equals_cross_entropy(grad, monkeypatch):
+    monkeypatch.setattr("model.CHUNK_LOGITS", 7 * 101)  # 7 positions per chunk, 3 in the last
+    h, weight, targets = chunked_loss_inputs()
+    with torch.set_grad_enabled(grad):
+        chunked = ChunkedCrossEntropy.apply(h, weight, targets)
+    torch.testing.assert_close(chunked, F.cross_entropy(h @ weight.T, targets))
+
+
+def test_chunked_gradients_equal_those_of_cross_entropy(monkeypatch):
+    monkeypatch.setattr("model.CHUNK_LOGITS", 7 * 101)
+    h, weight, targets = chunked_loss_inputs()
+    chunked = torch.autograd.grad(3 * ChunkedCrossEntropy.apply(h, weight, targets), (h, weight))
+    expected = torch.autograd.grad(3 * F.cross_entropy(h @ weight.T, targets), (h, weight))
+    torch.testing.assert_close(chunked, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_loss_of_the_default_vocabulary_uses_less_memory_than_its_logits():
+    command = "-m tools.bench loss --device=cpu --model.d_model=16 --model.n_heads=2"
+    args = [sys.executable, *command.split()]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=True)
+    gigabytes = float(done.stdout.split("d_model 16: ")[1].split(" GB")[0])
+    assert 0.1 < gigabytes < 1.2, done.stdout  # all logits take 3.2 GB

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import random
 import shutil
@@ -6,564 +7,861 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, flags
+from helpers import ROOT, flags
 
 import train_llm
-from common import UserError
+from common.config import UserError, to_plain
+from common.metrics import ast_sha256
 from tools import leaderboard, record, trials
 
-FIXED = {
+SUMMARY = {
     "val_tokens": 65_536,
     "device": "GPU",
     "dirty": False,
-    "code_sha256": "code",
+    "code_sha256": "c" * 64,
     "train_sha256": "t" * 64,
     "val_sha256": "v" * 64,
     "tokenizer_sha256": "k" * 16,
     "params": 6_400_000,
+    "peak_memory_gb": 1.0,
     "mfu": None,
     "cost_usd": 0.0,
 }
+COMMAND = ["record.py", "trials", "--run", "new", "--note", "a b"]
 
 
 def git(*args: str) -> str:
-    return subprocess.run(
-        ["git", "-c", "user.name=Ada", "-c", "user.email=a@b.c", *args],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    command = ["git", "-c", "user.name=Ada", "-c", "user.email=a@b.c", *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def metric_rows(summary: dict) -> list[dict]:
+    """The rows of metrics.jsonl: every training step, and an evaluation at the middle and end."""
+    rows, steps = [], summary["steps"]
+    for step in range(1, steps + 1):
+        place = {"step": step, "tokens": step * (summary["tokens"] // steps)}
+        rows.append(place | {"loss": 4.5 + 1 / step, "grad_norm": 1 / (step + 2), "lr": 0.015})
+        if step in (steps // 2, steps):
+            scores = {key: summary[key] + (steps - step) / 200 for key in ("val_loss", "val_bpb")}
+            rows.append(place | scores)
+    return rows
 
 
 def fake_run(
     name: str,
     seed: int,
     loss: float,
+    *,
     seconds: float = 100.0,
     tokens: int = 1_000_000,
-    config=None,
+    steps: int = 244,
+    config: dict | None = None,
     **summary,
 ) -> Path:
-    """A run folder as train_llm.py leaves it, of a training that was not."""
+    """A run folder like those of train_llm.py, without training."""
     folder = Path("runs") / f"{name}-seed{seed}"
     folder.mkdir(parents=True)
-    settings = {
-        "run": folder.name,
-        "seed": seed,
-        "tokens": tokens,
-        "cooldown_frac": 0.6,
-        "model": {"d_model": 256},
-    } | (config or {})
+    settings = {"stage": "llm", "cooldown_frac": 0.6, "model": {"d_model": 256}}
+    settings |= (config or {}) | {"run": folder.name, "seed": seed, "tokens": tokens}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    summary = (
-        FIXED
-        | {
-            "val_loss": loss,
-            "val_bpb": loss * 0.358,
-            "train_loss": loss - 0.1,
-            "tokens": tokens,
-            "steps": 244,
-            "seed": seed,
-            "train_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "peak_memory_gb": 1.0,
-            "commit": git("rev-parse", "HEAD"),
-            "evaluation_sha256": train_llm.evaluation_sha256(),
-        }
-        | summary
-    )
+    measured = {"val_loss": loss, "val_bpb": loss * 0.358, "train_loss": loss - 0.1}
+    speed = {"train_seconds": seconds, "tokens_per_second": tokens / seconds}
+    code = {"commit": git("rev-parse", "HEAD"), "evaluation_sha256": train_llm.evaluation_sha256()}
+    budget = {"tokens": tokens, "steps": steps, "seed": seed}
+    summary = SUMMARY | measured | speed | code | budget | summary
     (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "env.json").write_text(
-        json.dumps(
-            {
-                "cpus": 2,
-                "torch": "2.13.0",
-                "command": ["record.py", "trials", "--run", name, "--note", "a b"],
-            }
-        )
-    )
-    rows = [{"step": s, "tokens": s * 4096, "loss": 9 - s / 100} for s in range(1, 245)]
-    rows += [
-        {
-            "step": s,
-            "tokens": s * 4096,
-            "val_loss": summary["val_loss"] + (244 - s) / 200,
-            "val_bpb": summary["val_bpb"] + (244 - s),
-        }
-        for s in (122, 244)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    env = {"cpus": 2, "torch": "2.13.0", "python": "3.12.1", "command": COMMAND}
+    (folder / "env.json").write_text(json.dumps(env))
+    lines = [json.dumps(row) + "\n" for row in metric_rows(summary)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
     return folder
 
 
 def fake_side(name: str, mean: float, n: int = 5, **changes) -> None:
     for seed in range(n):
-        fake_run(
-            name, seed, mean + 0.003 * (-1) ** seed + 0.0001 * seed, seconds=100 + seed, **changes
-        )
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A git checkout with a commit of the baseline, and a second one with a line of code more; runs of both."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "docs/records").mkdir(parents=True)
-    (tmp_path / "docs/images").mkdir()
-    for name in ("evaluations.json", "quoted.md"):
-        shutil.copy(ROOT / "docs/records" / name, tmp_path / "docs/records" / name)
-    Path("model.py").write_text("x = 1\n")
-    git("init", "-q")
-    git("add", "model.py")
-    git("commit", "-qm", "one")
-    fake_side("base", 4.8)
-    Path("model.py").write_text("x = 1\ny = 2\n")
-    git("commit", "-qam", "two")
-    fake_side("new", 4.7, config={"cooldown_frac": 0.5})
-    return tmp_path
+        loss = mean + 0.003 * (-1) ** seed + 0.0001 * seed
+        fake_run(name, seed, loss, seconds=100 + seed, **changes)
 
 
 def submit(name: str = "cooler", base: str | None = "runs/base-*", new: str = "runs/new-*") -> None:
-    record.main(
-        [
-            "submit",
-            name,
-            *(["--baseline", base] if base else []),
-            "--runs",
-            new,
-            "--note",
-            "cooldown | half",
-            "--who",
-            "Ada",
-        ]
-    )
+    baseline = ["--baseline", base] if base else []
+    note = ["--note", "cooldown | half", "--who", "Ada"]
+    record.main(["submit", name, *baseline, "--runs", new, *note])
 
 
-def written() -> list[str]:
-    return sorted(str(p) for p in Path("docs").rglob("*"))
+def submit_error(*args) -> str:
+    with pytest.raises(UserError) as error:
+        submit(*args)
+    return str(error.value)
 
 
 def problems() -> str:
+    """What `check` reports."""
     with pytest.raises(UserError) as error:
         record.main(["check"])
     return str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------- statistics
-def accepted(gain: float, n_base: int, n_new: int) -> int:
-    """Improvements found in 1,000 comparisons of a known truth: the loss falls by `gain` sigmas, the time is the same."""
+def edit(path: Path | str, **changes) -> None:
+    """Change entries of a JSON file."""
+    path = Path(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a record."""
+    (folder,) = Path("docs/records").glob(f"*-{name}")
+    return folder
+
+
+def metadata_of(name: str) -> dict:
+    return json.loads((folder_of(name) / "record.json").read_text())
+
+
+def written() -> list[str]:
+    return sorted(str(path) for path in Path("docs").rglob("*"))
+
+
+def copy_project(source: Path, tmp_path: Path, monkeypatch) -> Path:
+    folder = tmp_path / "project"
+    shutil.copytree(source, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def project_template(tmp_path_factory):
+    """A git checkout with two commits, the second one line longer, and five runs of each."""
+    folder = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("docs/records").mkdir(parents=True)
+        Path("docs/images").mkdir()
+        for name in ("evaluations.json", "quoted.md"):
+            shutil.copy(ROOT / "docs/records" / name, Path("docs/records") / name)
+        Path("model.py").write_text("x = 1\n")
+        git("init", "-q")
+        git("add", "model.py")
+        git("commit", "-qm", "one")
+        fake_side("base", 4.8)
+        Path("model.py").write_text("x = 1\ny = 2\n")
+        git("commit", "-qam", "two")
+        fake_side("new", 4.7, config={"cooldown_frac": 0.5})
+    return folder
+
+
+@pytest.fixture
+def project(project_template, tmp_path, monkeypatch):
+    """The template, without records."""
+    return copy_project(project_template, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def copied_template(project_template, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copied")
+    with pytest.MonkeyPatch.context() as patch:
+        copy_project(project_template, folder, patch)
+        submit()
+    return folder / "project"
+
+
+@pytest.fixture
+def copied(copied_template, tmp_path, monkeypatch):
+    """A project with one record, `cooler`, that has a copy of its baseline."""
+    return copy_project(copied_template, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def referring_template(project_template, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("referring")
+    with pytest.MonkeyPatch.context() as patch:
+        copy_project(project_template, folder, patch)
+        submit("first", None, "runs/base-*")
+        submit()
+    return folder / "project"
+
+
+@pytest.fixture
+def referring(referring_template, tmp_path, monkeypatch):
+    """A project with two records: the baseline of `cooler` is the trials of `first`."""
+    return copy_project(referring_template, tmp_path, monkeypatch)
+
+
+# ---- statistics
+def n_accepted(gain: float, n_base: int, n_new: int) -> int:
+    """Improvements accepted in 1,000 comparisons with a loss lower by `gain` sigmas, equal time."""
     rng = random.Random(n_base + n_new)
 
-    def side(mean, sigma, n):
+    def sample(mean, sigma, n):
         return [rng.gauss(mean, sigma) for _ in range(n)]
 
-    return sum(
-        trials.compare(
-            side(4.8, 0.003, n_base),
-            side(4.8 - gain * 0.003, 0.003, n_new),
-            side(300, 3, n_base),
-            side(300, 3, n_new),
-        )["improvement"]
-        for _ in range(1000)
-    )
+    total = 0
+    for _ in range(1000):
+        losses = sample(4.8, 0.003, n_base), sample(4.8 - gain * 0.003, 0.003, n_new)
+        seconds = sample(300, 3, n_base), sample(300, 3, n_new)
+        total += trials.compare(*losses, *seconds)["improvement"]
+    return total
 
 
 @pytest.mark.parametrize("n_base, n_new", [(3, 3), (5, 5), (7, 5)])
-def test_no_change_is_accepted_in_at_most_two_of_a_hundred_draws(n_base, n_new):
-    assert 1 <= accepted(0, n_base, n_new) <= 20
+def test_no_change_is_accepted_in_at_most_two_of_a_hundred_comparisons(n_base, n_new):
+    assert 1 <= n_accepted(0, n_base, n_new) <= 20
 
 
-def test_a_gain_of_three_sigmas_is_found():
-    assert accepted(3, 7, 5) >= 950  # five seeds against seven; five against five find some 920
+def test_a_gain_of_three_sigmas_is_accepted():
+    assert n_accepted(3, 7, 5) >= 950  # seven and five seeds; five and five accept about 920
 
 
-def test_the_verdict_puts_loss_before_speed():
-    base, fast, slow = (
-        [4.800, 4.803, 4.797, 4.801, 4.799],
-        [90, 90.1, 90.2, 89.9, 90.3],
-        [110, 110.1, 110.2, 109.9, 110.3],
-    )
-    same, lower, higher = (
-        [x + 0.0002 for x in base],
-        [x - 0.05 for x in base],
-        [x + 0.05 for x in base],
-    )
-    time = [100, 100.1, 100.2, 99.9, 100.3]
-    for losses, seconds, good, words in [
-        (lower, slow, True, "lower by 0.05"),
-        (same, fast, True, "equal within noise"),
-        (same, time, False, "neither is the loss lower"),
-        (higher, fast, False, "higher by 0.05"),
-        (same, slow, False, "1.10 of the time"),
-    ]:
-        found = trials.compare(base, losses, time, seconds)
-        assert found["improvement"] is good and words in trials.verdict(found)[1]
-    low, high = trials.compare(base, lower, time, time)["ci95"]
-    assert low < -0.05 < high < 0
-    # by hand: equal variances of 5e-6 and n = 5, so df = 8, t = -0.05 / sqrt(2 * 5e-6 / 5), quantile 2.306
+LOSS = [4.800, 4.803, 4.797, 4.801, 4.799]
+SAME_LOSS, LOWER, HIGHER = ([x + change for x in LOSS] for change in (0.0002, -0.05, 0.05))
+SECONDS = [100, 100.1, 100.2, 99.9, 100.3]
+FASTER, SLOWER = ([x + change for x in SECONDS] for change in (-10, 10))
+
+
+@pytest.mark.parametrize(
+    "losses, seconds, good, reason",
+    [
+        (LOWER, SLOWER, True, "lower by 0.0500"),
+        (SAME_LOSS, FASTER, True, "equal within noise"),
+        (SAME_LOSS, SECONDS, False, "the loss is not lower"),
+        (HIGHER, FASTER, False, "higher by 0.0500"),
+        (SAME_LOSS, SLOWER, False, "1.10x the training time"),
+    ],
+)
+def test_the_verdict_puts_loss_before_speed(losses, seconds, good, reason):
+    comparison = trials.compare(LOSS, losses, SECONDS, seconds)
+    verdict = trials.verdict(comparison)
+    assert comparison["improvement"] is good
+    assert verdict[0] is good
+    assert reason in verdict[1]
+
+
+def test_the_confidence_interval_agrees_with_a_calculation_by_hand():
+    low, high = trials.compare(LOSS, LOWER, SECONDS, SECONDS)["ci95"]
+    # equal variances of 5e-6 and n = 5: df = 8, standard error sqrt(2 * 5e-6 / 5), quantile 2.306
     assert (high - low) / 2 == pytest.approx(2.306 * (2 * 5e-6 / 5) ** 0.5, rel=1e-3)
+    assert (high + low) / 2 == pytest.approx(-0.05)
 
 
-# ----------------------------------------------------------------------------------------------------------- trials
-def test_trials_train_each_seed_once_and_go_on(workdir, capsys, monkeypatch):
-    argv = ["trials", *flags(tokens=640), "--run", "a", "--seeds"]
-    real, made = train_llm.main, []
+# ---- evaluation hash
+ORIGINAL = "def f(x, scale=2):\n    total = x * scale\n    return [total, 'a']\n"
+SAME_CODE = {
+    "docstring": ORIGINAL.replace("    total", '    """Doc."""\n    total', 1),
+    "comment": ORIGINAL.replace("scale\n", "scale  # a comment\n"),
+    "line breaks": ORIGINAL.replace("x * scale", "(\n        x\n        * scale\n    )"),
+    "quotes and trailing comma": ORIGINAL.replace("[total, 'a']", '[total, "a",]'),
+    "blank line and indentation": ORIGINAL.replace("    ", "  ").replace("  total", "\n  total", 1),
+}
+OTHER_CODE = {
+    "operator": ORIGINAL.replace("*", "+"),
+    "default": ORIGINAL.replace("scale=2", "scale=3"),
+    "string": ORIGINAL.replace("'a'", "'b'"),
+    "statement": ORIGINAL.replace("    return", "    total += 1\n    return"),
+    "order": ORIGINAL.replace("[total, 'a']", "['a', total]"),
+}
 
-    def stopped(cfg):
-        made.append(cfg.run)
-        if cfg.seed == 1 and len(made) == 2:
+
+def hash_of(source: str, folder: Path) -> str:
+    """ast_sha256 of the function f in a module with this source."""
+    path = folder / f"module{len(list(folder.iterdir()))}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return ast_sha256(module.f)
+
+
+@pytest.mark.parametrize("change", SAME_CODE)
+def test_formatting_and_docstrings_do_not_change_the_hash_of_a_function(tmp_path, change):
+    assert SAME_CODE[change] != ORIGINAL
+    assert hash_of(SAME_CODE[change], tmp_path) == hash_of(ORIGINAL, tmp_path)
+
+
+@pytest.mark.parametrize("change", OTHER_CODE)
+def test_changed_code_changes_the_hash_of_a_function(tmp_path, change):
+    assert hash_of(OTHER_CODE[change], tmp_path) != hash_of(ORIGINAL, tmp_path)
+
+
+# ---- trials
+@pytest.fixture
+def interrupted(workdir, monkeypatch, capsys):
+    """The command of three trials that was interrupted in the second, and what it printed."""
+    argv, train = ["trials", *flags(tokens=640), "--run", "a", "--seeds", "3"], train_llm.main
+
+    def main(cfg):
+        if cfg.seed == 1:
             raise SystemExit(130)
-        return real(cfg)
+        return train(cfg)
 
-    monkeypatch.setattr(train_llm, "main", stopped)
-    with pytest.raises(SystemExit) as end:
-        record.main([*argv, "3"])
-    assert (
-        end.value.code == 130
-        and "trial 2 of 3 stopped: the same `trials` command goes on" in capsys.readouterr().err
-    )
-    before = Path("runs/a-seed0/summary.json").stat().st_mtime_ns
-    record.main([*argv, "3"])
-    assert Path("runs/a-seed0/summary.json").stat().st_mtime_ns == before
-    found = trials.load_trials(["runs/a-seed*"])
-    losses = [trial.summary["val_loss"] for trial in found]
-    assert [trial.summary["seed"] for trial in found] == [0, 1, 2] and len(set(losses)) == 3
-    assert [trial.config["run"] for trial in found] == ["a-seed0", "a-seed1", "a-seed2"] and found[
-        0
-    ].planned == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(train_llm, "main", main)
+        with pytest.raises(SystemExit) as error:
+            record.main(argv)
+    return argv, error.value.code, capsys.readouterr().err
+
+
+def test_an_interrupted_trial_stops_the_others(interrupted):
+    _, code, message = interrupted
+    assert code == 130
+    assert "trial 2 of 3 stopped; repeat this command to resume it" in message
+    assert not Path("runs/a-seed2").exists()
+
+
+def test_trials_train_every_seed_once_and_resume(interrupted, capsys):
+    finished = Path("runs/a-seed0/metrics.jsonl")
+    before = finished.stat().st_mtime_ns
+    record.main(interrupted[0])
+    made = trials.load_trials(["runs/a-seed*"])
+    losses = trials.column(made, "val_loss")
+    assert finished.stat().st_mtime_ns == before
+    assert trials.column(made, "seed") == [0, 1, 2]
+    assert len(set(losses)) == 3
+    assert [trial.config["run"] for trial in made] == ["a-seed0", "a-seed1", "a-seed2"]
+    assert [trial.planned for trial in made] == [3, 3, 3]
     table = Path("runs/a-trials.md").read_text()
-    assert f"| mean | {sum(losses) / 3:.4f} |" in table and table in capsys.readouterr().out
-    with pytest.raises(UserError, match="--cooldown_frac 0.3, but"):
-        record.main([*argv, "3", "--cooldown_frac", "0.3"])
-    monkeypatch.setattr(
-        record, "git_state", lambda: {"commit": "x", "dirty": False, "code_sha256": "other"}
-    )
-    with pytest.raises(UserError, match="runs/a-seed0 was made by other code"):
-        record.main([*argv, "3"])
+    assert f"| mean | {sum(losses) / 3:.4f} |" in table
+    assert table in capsys.readouterr().out
 
 
-def test_data_hashes_do_not_depend_on_the_recipe_and_do_on_the_data(workdir):
-    def train(run, **changes):
+def test_trials_do_not_resume_with_another_setting(interrupted):
+    with pytest.raises(UserError, match="cooldown_frac is 0.3"):
+        record.main([*interrupted[0], "--cooldown_frac", "0.3"])
+
+
+def test_trials_do_not_resume_with_other_code(interrupted, monkeypatch):
+    other = {"commit": "x", "dirty": False, "code_sha256": "other"}
+    monkeypatch.setattr(record, "git_state", lambda: other)
+    with pytest.raises(UserError, match="runs/a-seed0 was made by different code"):
+        record.main(interrupted[0])
+
+
+@pytest.fixture
+def hashes(workdir):
+    """A function that makes a trial with changed settings and returns the hashes of its data."""
+
+    def train(run: str, **changes) -> dict:
         record.main(["trials", *flags(tokens=1000, run=run, **changes), "--seeds", "1"])
         summary = json.loads(Path(f"runs/{run}-seed0/summary.json").read_text())
         return {key: summary[key] for key in trials.FIXED.values()}
 
-    a = train("a", data__tokenizer="bpe-300")
-    assert train("b", batch_tokens=96, model__d_ff=32, muon_lr=0.01) == a
-    context, fewer = train("c", model__seq_len=64, batch_tokens=128), train("d", eval_tokens=128)
-    assert (
-        {key for key in a if context[key] != a[key]}
-        == {key for key in a if fewer[key] != a[key]}
-        == {"val_sha256"}
-    )
-    assert train("e", data__tokenizer="bpe-290")["tokenizer_sha256"] != a["tokenizer_sha256"]
+    return train
+
+
+def test_data_hashes_do_not_depend_on_the_recipe(hashes):
+    assert hashes("a", batch_tokens=96, model__d_ff=32, muon_lr=0.01) == hashes("b")
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"model__seq_len": 64}, "val_sha256"),
+        ({"eval_tokens": 128}, "val_sha256"),
+        ({"data__tokenizer": "bpe-290"}, "tokenizer_sha256"),
+        ({"data__val_fraction": 0.3}, "train_sha256"),
+    ],
+)
+def test_data_hashes_depend_on_the_data(hashes, changes, key):
+    assert hashes("a", **changes)[key] != hashes("b")[key]
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
         (["trials"], "trials need a name"),
-        (["trials", "--run", "a", "--seed", "3"], "leave --seed and --resume away"),
+        (["trials", "--run", "a", "--seed", "3"], "omit --seed and --resume"),
         (["trials", "--run", "a", "--seeds", "0"], "--seeds is 0"),
-        (["trials", "--run", "a", "--sedes", "3"], "did you mean seeds"),
-        (["check", "all"], "check takes nothing more, not 'all'"),
+        (["trials", "--run", "a", "--sedes", "3"], "did you mean --seeds"),
+        (["check", "all"], "check takes no arguments; omit 'all'"),
         (["compare"], "both sides of `--`"),
         (["compare", "a", "b"], "both sides of `--`"),
-        (["rank"], "'rank' is no command"),
+        (["compare", "a", "--"], "both sides of `--`"),
+        (["rank"], "'rank' is not a command"),
         (["compare", "none*", "--", "runs/new-*"], "no run folder matches none*"),
     ],
 )
 def test_bad_commands_are_one_line(project, argv, message):
     with pytest.raises(UserError) as error:
         record.main(argv)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------- compare
-def edit(file: str, **changes) -> None:
-    path = Path(file)
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+@pytest.mark.parametrize("argv", [[], ["--help"], ["compare", "--help"], ["check", "-h"]])
+def test_help_names_every_command(argv, capsys):
+    record.main(argv)
+    words = set(capsys.readouterr().out.split())
+    assert {"trials", "compare", "submit", "check", "publish"} <= words
 
 
+def test_the_help_of_submit_needs_no_valid_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("docs/records/2020-01-01-bad").mkdir(parents=True)
+    with pytest.raises(SystemExit) as error:
+        record.main(["submit", "--help"])
+    assert error.value.code == 0
+    assert "omit only for the first record of a table" in " ".join(capsys.readouterr().out.split())
+
+
+# ---- compare
 REFUSED = {
-    "other data": (dict(train_sha256="x"), "differ in training data"),
-    "other validation": (dict(val_sha256="x"), "differ in validation"),
-    "other tokenizer": (dict(tokenizer_sha256="x"), "differ in tokenizer"),
-    "other machine": (dict(device="T4"), "differ in machine"),
-    "other evaluation": (dict(evaluation_sha256="x"), "differ in evaluation"),
-    "too large": (dict(params=7_100_000), "the cap is 7,000,000"),
-    "other bits": (dict(val_bpb=1.6), "differ in the bits"),
-    "other budget": (dict(tokens=2_000_000), "differ in budget"),
-    "too large for a GPU": (
-        dict(tokens=8_000_000, params=90_000_001),
-        "90,000,001 parameters: the cap is 90,000,000",
-    ),
+    "training data": {"train_sha256": "x"},
+    "validation set": {"val_sha256": "x"},
+    "tokenizer": {"tokenizer_sha256": "x"},
+    "machine": {"device": "T4"},
+    "evaluation": {"evaluation_sha256": "x"},
+    "budget": {"tokens": 2_000_000},
+    "the ratio of bits per byte to loss": {"val_bpb": 1.6},
+}
+TOO_MANY_PARAMETERS = [
+    (1_000_000, 7_000_001, "7,000,001 parameters; this budget allows 7,000,000"),
+    (8_000_000, 90_000_001, "90,000,001 parameters; this budget allows 90,000,000"),
+]
+
+
+def compare_error(new: str) -> str:
+    with pytest.raises(UserError) as error:
+        record.main(["compare", "runs/base-*", "--", new])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("fixed", REFUSED)
+def test_sides_that_differ_in_what_is_fixed_are_refused(project, fixed):
+    fake_side("odd", 4.7, **REFUSED[fixed])
+    message = compare_error("runs/odd-*")
+    assert f"runs/base-seed0 and runs/odd-seed0 differ in {fixed}" in message
+
+
+@pytest.mark.parametrize("tokens, params, message", TOO_MANY_PARAMETERS)
+def test_models_above_the_cap_are_refused(project, tokens, params, message):
+    fake_side("odd", 4.7, tokens=tokens, params=params)
+    assert compare_error("runs/odd-*") == f"runs/odd-seed0 has {message}"
+
+
+def test_a_run_cannot_be_on_both_sides(project):
+    assert "runs/base-seed0 is on both sides" in compare_error("runs/base-*")
+
+
+def test_compare_prints_statistics_verdict_and_changes(project, capsys):
+    record.main(["compare", "runs/base-*", "--", *map(str, Path("runs").glob("new-*"))])
+    out = capsys.readouterr().out
+    expected = [
+        "|  | baseline (n = 5) | new (n = 5) |",
+        "| validation loss, nats per token | 4.8008 ± 0.0033 | 4.7008 ± 0.0033 |",
+        "| peak memory, GB | 1.00 ± 0.00 | 1.00 ± 0.00 |",
+        "| parameters | 6,400,000 | 6,400,000 |",
+        "Difference in validation loss: -0.1000 (95% confidence interval",
+        "Training time: 1.000x the baseline's",
+        "\nImprovement: the loss is lower by 0.1000",
+        "\ncooldown_frac: 0.6 -> 0.5\n",
+        "\nlines of code: 1 added, 0 removed\n",
+    ]
+    assert [part for part in expected if part not in out] == []
+
+
+def test_the_stage_in_a_config_is_not_a_change(project, capsys):
+    for path in Path("runs").glob("base-*/config.yaml"):
+        path.write_text(path.read_text().replace("stage: llm\n", ""))
+    record.main(["compare", "runs/base-*", "--", "runs/new-*"])
+    assert "stage" not in capsys.readouterr().out
+
+
+# ---- bad trials
+def remove(*names: str) -> None:
+    for name in names:
+        shutil.rmtree(f"runs/{name}")
+
+
+def remove_the_last_planned_seed() -> None:
+    remove("new-seed4")
+    Path("runs/new-seed0/trials.json").write_text('{"seeds": 5}')
+
+
+def change_config(old: str, new: str) -> None:
+    path = Path("runs/new-seed2/config.yaml")
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def change_summary(**changes) -> None:
+    edit("runs/new-seed2/summary.json", **changes)
+
+
+def copy_a_trial(**changes) -> None:
+    shutil.copytree("runs/new-seed2", "runs/new-seed5")
+    edit("runs/new-seed5/summary.json", **changes)
+
+
+BAD_TRIALS = {
+    "seed 1 of runs/new-seed0 is missing": lambda: remove("new-seed1"),
+    "seed 4 of runs/new-seed0 is missing": remove_the_last_planned_seed,
+    "needs at least 3 seeds": lambda: remove("new-seed2", "new-seed3", "new-seed4"),
+    "runs/new-seed2 is not finished": Path("runs/new-seed2/summary.json").unlink,
+    "runs/new-seed2 is not a run folder": Path("runs/new-seed2/config.yaml").unlink,
+    "runs/new-seed2 is damaged": lambda: Path("runs/new-seed2/summary.json").write_text("{"),
+    "runs/new-seed2 does not say its val_loss": lambda: Path(
+        "runs/new-seed2/summary.json"
+    ).write_text("{}"),
+    "runs/new-seed2 is a run of stage vqvae": lambda: change_config("llm", "vqvae"),
+    "runs/new-seed2 has val_loss nan": lambda: change_summary(val_loss=float("nan")),
+    "the last evaluation in metrics.jsonl disagree": lambda: change_summary(val_loss=4.1),
+    "runs/new-seed2 differ in code": lambda: change_summary(code_sha256="x"),
+    "cooldown_frac is 0.5 and 0.4": lambda: change_config("0.5", "0.4"),
+    "have the same seed 2": copy_a_trial,
+    "same validation loss to the last digit": lambda: copy_a_trial(seed=5),
+    "runs/new-seed2 ran uncommitted code": lambda: change_summary(dirty=True),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_compare_is_refused(project, case):
-    changes, message = REFUSED[case]
-    fake_side("odd", 4.7, **changes)
-    with pytest.raises(UserError, match=message) as error:
-        record.main(["compare", "runs/base-*", "--", "runs/odd-*"])
-    assert "runs/odd-seed0" in str(error.value) and "\n" not in str(error.value)
+@pytest.mark.parametrize("message", BAD_TRIALS)
+def test_bad_trials_make_no_record(project, message):
+    BAD_TRIALS[message]()
+    error = submit_error()
+    assert message in error
+    assert "\n" not in error
+    assert not list(Path("docs/records").glob("*cooler*"))
 
 
-def test_trials_must_be_whole_and_of_one_kind(project):
-    def refused(message):
-        with pytest.raises(UserError, match=message) as error:
-            submit()
-        assert "\n" not in str(error.value) and not [p for p in written() if "cooler" in p]
-
-    keep = Path("keep")
-    shutil.copytree("runs", keep)
-
-    def restore():
-        shutil.rmtree("runs")
-        shutil.copytree(keep, "runs")
-
-    shutil.rmtree("runs/new-seed1")
-    refused("seed 1 is missing")
-    (
-        shutil.rmtree("runs/new-seed2"),
-        shutil.rmtree("runs/new-seed3"),
-        shutil.rmtree("runs/new-seed4"),
-    )
-    refused("needs 3 seeds")
-    restore()
-    shutil.rmtree("runs/new-seed4")
-    Path("runs/new-seed0/trials.json").write_text('{"seeds": 5}')
-    refused("seed 4 is missing")
-    restore()
-    Path("runs/new-seed2/summary.json").unlink()
-    refused("runs/new-seed2 is not finished")
-    restore()
-    edit("runs/new-seed2/summary.json", val_loss=float("nan"))
-    refused("runs/new-seed2 has val_loss nan")
-    restore()
-    edit("runs/new-seed2/summary.json", val_loss=4.1)
-    refused("does not say what the last evaluation")
-    restore()
-    edit("runs/new-seed2/summary.json", code_sha256="x")
-    refused("are not of one code")
-    restore()
-    Path("runs/new-seed2/config.yaml").write_text(
-        Path("runs/new-seed2/config.yaml").read_text().replace("0.5", "0.4")
-    )
-    refused("not trials of one recipe: cooldown_frac is 0.5 and 0.4")
-    restore()
-    shutil.copytree("runs/new-seed2", "runs/new-seed5")
-    refused("have the same seed 2")
-    edit("runs/new-seed5/summary.json", seed=5)
-    refused("same loss to the last digit")
-    restore()
-    (Path("runs/new-seed2/summary.json")).write_text("{")
-    refused("runs/new-seed2 is damaged")
-    restore()
-    edit("runs/new-seed2/summary.json", dirty=True)
-    refused("^runs/new-seed2 ran code that is in no commit")
-    restore()
-    with pytest.raises(UserError, match="runs/base-seed0 is on both sides"):
-        record.main(["compare", "runs/base-*", "--", "runs/base-*"])
-
-
-def test_compare_shows_figures_verdict_and_what_changed(project, capsys):
-    record.main(["compare", "runs/base-*", "--", *map(str, Path("runs").glob("new-*"))])
-    out = capsys.readouterr().out
-    for part in (
-        "baseline (n = 5)",
-        "4.8008 ± 0.0033",
-        "4.7008 ± 0.0033",
-        "-0.1000 (95%",
-        "6,400,000",
-        "Time: 1.000 of",
-        "1.00 ± 0.00",
-        "\nImprovement: the loss is lower by 0.1000",
-        "cooldown_frac: 0.6 -> 0.5",
-        "lines of code: 1 added, 0 removed",
-    ):
-        assert part in out
-
-
-# -------------------------------------------------------------------------------------------------- submit and check
-def test_a_record_is_written_and_holds(project, capsys):
-    submit("first", None, "runs/base-*")
-    submit()
+# ---- submit
+def test_a_record_is_written_and_valid(referring, capsys):
     record.main(["check"])
-    assert "2 records hold" in capsys.readouterr().out
-    (folder,) = Path("docs/records").glob("*-cooler")
-    said = json.loads((folder / "record.json").read_text())
-    assert said["lines"] == {"added": 1, "removed": 0} and said["settings"] == {
-        "cooldown_frac": [0.6, 0.5]
-    }
-    assert (
-        said["command"] == "python -m tools.record trials --run new --note 'a b'"
-        and "+y = 2" in (folder / "diff.patch").read_text()
-    )
+    assert "2 records are valid" in capsys.readouterr().out
+
+
+def test_a_record_says_what_follows_from_its_trials(copied):
+    metadata = metadata_of("cooler")
+    assert metadata["lines"] == {"added": 1, "removed": 0}
+    assert metadata["settings"] == {"cooldown_frac": [0.6, 0.5]}
+    assert metadata["command"] == "python -m tools.record trials --run new --note 'a b'"
+    assert "+y = 2" in (folder_of("cooler") / "diff.patch").read_text()
+    assert "GPU, 2 CPUs, torch 2.13.0" in (folder_of("cooler") / "README.md").read_text()
+
+
+def test_the_leaderboard_has_a_row_for_each_record(referring):
     page = Path("docs/LEADERBOARD.md").read_text()
-    rows = [
-        line.split(" | ")
-        for line in page.splitlines()
-        if line.startswith(("| 1", "| 2")) and "Ada" in line
-    ]
-    assert [row[2] for row in rows] == [
-        "4.8008 ± 0.0033 (5)",
-        "4.7008 ± 0.0033 (5)",
-    ] and "cooldown \\| half" in page
-    assert [h for h in page.splitlines() if h.startswith("## ")] == [
+    rows = [line.split(" | ") for line in page.splitlines() if "| Ada |" in line]
+    assert [row[2] for row in rows] == ["4.8008 ± 0.0033 (5)", "4.7008 ± 0.0033 (5)"]
+    assert [row[9] for row in rows] == ["GPU", "GPU"]
+    assert page.count("cooldown \\| half") == 2
+    assert "| parameters | device | who |" in page
+
+
+def test_the_leaderboard_has_a_section_for_each_budget(referring):
+    page = Path("docs/LEADERBOARD.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("## ")] == [
         "## small: 1M tokens, no GPU",
         "## 8M tokens",
         "## 20M tokens",
         "## 100M tokens",
         "## 1B tokens",
-        "## Quoted, not measured again",
+        "## Quoted, not reproduced here",
     ]
-    assert (
-        page.count("No record yet.") == 4
-        and "GPU, 2 CPUs, torch 2.13.0" in (folder / "README.md").read_text()
-    )
-    assert Path("docs/images/leaderboard-small.png").read_bytes()[:4] == b"\x89PNG"
-    before = written()
-    for name, base, new, message in [
-        ("cooler", "runs/base-*", "runs/new-*", "exists: choose another name"),
-        ("a/b", "runs/base-*", "runs/new-*", "'a/b' is no name"),
-        ("worse", "runs/new-*", "runs/base-*", "behind the record cooler"),
-        ("alone", None, "runs/new-*", "has no baseline"),
-        ("none", "runs/base-*", "runs/none*", "no run folder matches"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            submit(name, base, new)
-        assert written() == before
+    assert page.count("No record yet.") == 4
 
 
-def test_no_improvement_is_no_record(project):
-    fake_side("same", 4.8001)
-    with pytest.raises(UserError, match="no improvement: neither is the loss lower"):
-        submit(new="runs/same-*")
-    assert not [p for p in written() if "cooler" in p]
-
-
-def test_a_long_trial_is_thinned_and_any_budget_has_its_table(project):
-    for seed in range(3):
-        folder = fake_run("long", seed, 4.0 + seed, tokens=300_000, steps=2000)
-        rows = [{"step": s, "tokens": s, "loss": 1.0} for s in range(1, 2001)]
-        rows.append(
-            {"step": 2000, "tokens": 2000, "val_loss": 4.0 + seed, "val_bpb": (4.0 + seed) * 0.358}
-        )
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    submit("long", None, "runs/long-*")
-    record.main(["check"])
-    (file,) = Path("docs/records").glob("*/trials/seed0/metrics.jsonl")
-    kept = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(kept) == 501 and kept[-1]["val_loss"] == 4.0
-    assert "## 300,000 tokens" in Path("docs/LEADERBOARD.md").read_text()
-
-
-def forge(kind: str, folder: Path) -> None:
-    trial, page = folder / "trials/seed3", Path("docs/LEADERBOARD.md")
-    said = json.loads((folder / "record.json").read_text())
-    if kind == "mean":
-        said["statistics"]["new"]["val_loss"]["mean"] = 4.6
-    elif kind == "verdict":
-        said["statistics"]["p_lower"] = 1e-9
-    elif kind == "schema":
-        said["stars"] = 5
-    elif kind == "who":
-        said["who"] = " "
-    elif kind == "lines":
-        said["lines"]["added"] = 0
-    (folder / "record.json").write_text(json.dumps(said))
-    if kind == "dropped seed":
-        shutil.rmtree(folder / "trials/seed4")
-    elif kind == "dropped seed, all else made anew":
-        Path(folder / "trials/seed0/trials.json").write_text('{"seeds": 5}')
-        shutil.rmtree(folder / "trials/seed4")
-    elif kind == "no trials":
-        shutil.rmtree(folder / "trials")
-    elif kind == "number in a trial":
-        edit(trial / "summary.json", val_loss=4.5)
-    elif kind == "number in a trial and its metrics":
-        edit(trial / "summary.json", train_seconds=50.0)
-    elif kind == "evaluation":
-        for side in ("trials", "baseline"):
-            for file in folder.glob(f"{side}/*/summary.json"):
-                edit(file, evaluation_sha256="x")
-    elif kind == "parameters":
-        edit(trial.with_name("seed0") / "summary.json", params=7_000_001)
-    elif kind == "patch":
-        (folder / "diff.patch").write_text("")
-    elif kind == "patch gone":
-        (folder / "diff.patch").unlink()
-    elif kind == "page":
-        page.write_text(page.read_text().replace("4.7008", "4.6008"))
-    elif kind == "readme":
-        (folder / "README.md").write_text("The best.\n")
-    elif kind == "picture":
-        leaderboard.draw(
-            Path("docs/images/leaderboard-small.png"), {"other": ([1, 2], [3.0, 2.0], [0.1, 0.1])}
-        )
-    elif kind == "renamed":
-        folder.rename(folder.with_name("2020-01-01-cooler"))
+def test_another_budget_has_its_own_section_and_image(project):
+    fake_side("odd", 4.0, n=3, tokens=300_000)
+    submit("odd", None, "runs/odd-*")
+    assert "\n## 300,000 tokens\n" in Path("docs/LEADERBOARD.md").read_text()
+    assert Path("docs/images/leaderboard-300000.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(
-    "kind, found",
-    {
-        "mean": "statistics.new.val_loss.mean is not what the trials give",
-        "verdict": "statistics.p_lower is not",
-        "schema": "stars is not",
-        "who": "must be lines of text",
-        "lines": "lines.added is not",
-        "dropped seed": "files.trials/seed4",
-        "no trials": "no run folder matches",
-        "dropped seed, all else made anew": "seed 4 is missing",
-        "number in a trial": "does not say what the last evaluation",
-        "number in a trial and its metrics": "files.trials/seed3/summary.json is not",
-        "evaluation": "the evaluation is fixed",
-        "parameters": "the cap is 7,000,000",
-        "patch": "diff.patch is not",
-        "patch gone": "has no diff.patch",
-        "page": "LEADERBOARD.md is not what",
-        "readme": "README.md is not what its record makes",
-        "picture": "does not show its records",
-        "renamed": "as in the folder's name",
-    }.items(),
+    "name, base, new, message",
+    [
+        ("cooler", "runs/base-*", "runs/new-*", "exists; choose another name"),
+        ("a/b", "runs/base-*", "runs/new-*", "'a/b' is not a record name"),
+        ("worse", "runs/new-*", "runs/base-*", "behind the record cooler"),
+        ("alone", None, "runs/new-*", "has no baseline"),
+        ("none", "runs/base-*", "runs/none*", "no run folder matches"),
+    ],
 )
-def test_check_catches(project, kind, found):
-    submit("first", None, "runs/base-*")
-    submit()
-    (folder,) = Path("docs/records").glob("*-cooler")
-    forge(kind, folder)
-    assert found in problems()
+def test_a_refused_record_writes_nothing(referring, name, base, new, message):
+    before = written()
+    assert message in submit_error(name, base, new)
+    assert written() == before
 
 
-def test_check_catches_a_changed_evaluation_in_the_tree(project, monkeypatch):
-    submit("first", None, "runs/base-*")
-    monkeypatch.setattr(train_llm, "evaluate", lambda *args: 0.0)
-    assert "evaluate() is not one" in problems()
-
-
-def test_check_catches_a_record_without_gain(project):
+def test_no_improvement_makes_no_record(project):
     fake_side("same", 4.8001)
-    submit()
-    shutil.rmtree("docs/records")  # as if `submit` had not refused
-    (Path("docs/records")).mkdir()
-    for name in ("evaluations.json", "quoted.md"):
-        shutil.copy(ROOT / "docs/records" / name, Path("docs/records") / name)
+    before = written()
+    error = submit_error("cooler", "runs/base-*", "runs/same-*")
+    assert "no improvement: the loss is not lower" in error
+    assert written() == before
+
+
+def test_a_record_stores_evaluations_but_not_training_steps(copied):
+    files = sorted(folder_of("cooler").glob("*/*/metrics.jsonl"))
+    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    assert len(files) == 10
+    assert {tuple(row["step"] for row in trial) for trial in rows} == {(122, 244)}
+    assert all("val_loss" in row for trial in rows for row in trial)
+
+
+def test_a_patch_holds_recipe_code_only(project):
+    recipe = ["common/run.py", "configs/llm_a.yaml", "data/text.py", "model.py", "muon.py"]
+    recipe += ["train_llm.py", "metrics.py"]
+    others = ["tests/test_a.py", "tools/a.py", "docs/a.md", "README.md", "requirements.txt"]
+    others += ["data/images.py", "data/shapes.py", "data/captions.py", "train_vqvae.py"]
+    others += ["configs/vqvae_demo.yaml"]
+    for path in map(Path, recipe + others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("z = 3\n")
+    git("add", ".")
+    git("commit", "-qm", "three")
+    fake_side("many", 4.7)
+    submit("many", new="runs/many-*")
+    patch = (folder_of("many") / "diff.patch").read_text()
+    paths = [line.split(" b/")[1] for line in patch.splitlines() if line.startswith("diff --git")]
+    assert sorted(paths) == sorted(recipe)
+    # six Python files of one line; model.py had one, which is replaced
+    assert metadata_of("many")["lines"] == {"added": 6, "removed": 1}
+
+
+def test_a_record_of_three_seeds_with_its_baseline_weighs_less_than_60_kb(project):
+    config = to_plain(train_llm.Config())
+    fake_side("small", 4.8, n=3, steps=976, config=config)
+    line = "    x = self.norm(x) + self.attn(x)  # a line of code of ordinary length\n"
+    Path("model.py").write_text(line * 200)  # as much as the largest record so far
+    Path("tests").mkdir()
+    Path("tests/test_model.py").write_text(line * 1000)
+    git("add", "model.py", "tests")
+    git("commit", "-qm", "three")
+    fake_side("large", 4.7, n=3, steps=976, config=config | {"lr_floor": 0.1})
+    submit("large", "runs/small-*", "runs/large-*")
+    files = [path for path in folder_of("large").rglob("*") if path.is_file()]
+    assert len(list(folder_of("large").glob("*/*/metrics.jsonl"))) == 6
+    assert sum(path.stat().st_size for path in files) < 60_000
+
+
+# ---- baselines stored by reference
+def test_a_baseline_without_a_record_is_copied(copied):
+    assert (folder_of("cooler") / "baseline/seed4/summary.json").exists()
+    assert metadata_of("cooler")["baseline_from"] is None
+
+
+def test_a_baseline_with_a_record_is_stored_by_reference(referring):
+    first = folder_of("first")
+    assert not (folder_of("cooler") / "baseline").exists()
+    assert metadata_of("cooler")["baseline_from"] == f"{first.name}/trials"
+    assert f"(../{first.name}/trials/)" in (folder_of("cooler") / "README.md").read_text()
+
+
+def test_a_reference_keeps_the_statistics_of_the_baseline(referring):
+    stats = [metadata_of(name)["statistics"] for name in ("first", "cooler")]
+    assert stats[1]["base"] == stats[0]["new"]
+
+
+def test_the_copied_baseline_of_another_record_is_stored_by_reference(copied):
+    fake_side("colder", 4.6)
+    submit("colder", new="runs/colder-*")
+    assert metadata_of("colder")["baseline_from"] == f"{folder_of('cooler').name}/baseline"
+    assert not (folder_of("colder") / "baseline").exists()
+
+
+def test_a_baseline_can_be_the_trials_of_a_record_on_disk(copied):
+    fake_side("colder", 4.6)
+    submit("colder", f"{folder_of('cooler')}/trials/*", "runs/colder-*")
+    assert metadata_of("colder")["baseline_from"] == f"{folder_of('cooler').name}/trials"
+
+
+def test_a_baseline_that_differs_from_the_recorded_one_is_copied(copied):
+    edit("runs/base-seed3/env.json", python="3.13.0")
+    fake_side("colder", 4.6)
+    submit("colder", new="runs/colder-*")
+    assert metadata_of("colder")["baseline_from"] is None
+    assert (folder_of("colder") / "baseline").exists()
+
+
+# ---- check
+def forge_metadata(change) -> None:
+    """Apply `change` to the metadata of `cooler`."""
+    metadata = metadata_of("cooler")
+    change(metadata)
+    (folder_of("cooler") / "record.json").write_text(json.dumps(metadata))
+
+
+def set_metadata(**changes) -> None:
+    edit(folder_of("cooler") / "record.json", **changes)
+
+
+def forge_trial(file: str, **changes) -> None:
+    edit(folder_of("cooler") / file, **changes)
+
+
+def forge_evaluation() -> None:
+    for path in folder_of("cooler").glob("*/*/summary.json"):
+        edit(path, evaluation_sha256="x")
+
+
+def forge_the_plan_of_fewer_seeds() -> None:
+    (folder_of("cooler") / "trials/seed0/trials.json").write_text('{"seeds": 5}')
+    shutil.rmtree(folder_of("cooler") / "trials/seed4")
+
+
+def forge_page(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def forge_image() -> None:
+    curve = ([1, 2], [3.0, 2.0], [0.1, 0.1])
+    leaderboard.plot(Path("docs/images/leaderboard-small.png"), {"other": curve})
+
+
+FORGERIES = {
+    "statistics.new.val_loss.mean does not follow": lambda: forge_metadata(
+        lambda metadata: metadata["statistics"]["new"]["val_loss"].update(mean=4.6)
+    ),
+    "statistics.p_lower does not follow": lambda: forge_metadata(
+        lambda metadata: metadata["statistics"].update(p_lower=1e-9)
+    ),
+    "stars does not follow": lambda: set_metadata(stars=5),
+    "must each be one line of text": lambda: set_metadata(who=" "),
+    "lines.added does not follow": lambda: set_metadata(lines={"added": 0, "removed": 0}),
+    "is not a record (KeyError('note'))": lambda: forge_metadata(
+        lambda metadata: metadata.pop("note")
+    ),
+    "files.trials/seed4/config.yaml does not follow": lambda: shutil.rmtree(
+        folder_of("cooler") / "trials/seed4"
+    ),
+    "no run folder matches": lambda: shutil.rmtree(folder_of("cooler") / "trials"),
+    "seed 4 of": forge_the_plan_of_fewer_seeds,
+    "the last evaluation in metrics.jsonl disagree": lambda: forge_trial(
+        "trials/seed3/summary.json", val_loss=4.5
+    ),
+    "files.trials/seed3/summary.json does not follow": lambda: forge_trial(
+        "trials/seed3/summary.json", train_seconds=103.00000001
+    ),
+    "files.baseline/seed3/summary.json does not follow": lambda: forge_trial(
+        "baseline/seed3/summary.json", train_seconds=103.00000001
+    ),
+    "the evaluation is fixed": forge_evaluation,
+    "this budget allows 7,000,000": lambda: forge_trial(
+        "trials/seed0/summary.json", params=7_000_001
+    ),
+    "files.diff.patch does not follow": lambda: (folder_of("cooler") / "diff.patch").write_text(""),
+    "has no diff.patch": lambda: (folder_of("cooler") / "diff.patch").unlink(),
+    "LEADERBOARD.md is stale": lambda: forge_page(Path("docs/LEADERBOARD.md"), "4.7008", "4.6008"),
+    "README.md is stale": lambda: forge_page(folder_of("cooler") / "README.md", "4.7008", "4.6008"),
+    "leaderboard-small.png is stale": forge_image,
+    "the folder must be named DATE-NAME": lambda: folder_of("cooler").rename(
+        "docs/records/2020-01-01-cooler"
+    ),
+    "baseline_commit does not follow": lambda: shutil.rmtree(folder_of("cooler") / "baseline"),
+}
+
+
+@pytest.mark.parametrize("problem", FORGERIES)
+def test_check_finds_a_forgery(copied, problem):
+    FORGERIES[problem]()
+    assert problem in problems()
+
+
+def rename_of_first() -> None:
+    folder_of("first").rename("docs/records/2020-01-01-first")
+
+
+def rewrite_first() -> None:
+    """Change a trial of `first` and everything that follows from it."""
+    folder = folder_of("first")
+    edit(folder / "trials/seed3/summary.json", train_seconds=50.0)
+    made = trials.load_trials([folder / "trials/*"])
+    edit(folder / "record.json", **leaderboard.derive(folder, made, [], None))
+
+
+FORGED_REFERENCES = {
+    "wrong hash": (
+        lambda: set_metadata(baseline_sha256="0" * 64),
+        "baseline_sha256 does not follow from the trials",
+    ),
+    "missing record": (
+        lambda: shutil.rmtree(folder_of("first")),
+        "-first/trials is not in docs/records",
+    ),
+    "renamed record": (rename_of_first, "-first/trials is not in docs/records"),
+    "missing trial": (
+        lambda: shutil.rmtree(folder_of("first") / "trials/seed4"),
+        "-cooler/record.json: baseline_sha256 does not follow from the trials",
+    ),
+    "changed trial": (
+        lambda: edit(folder_of("first") / "trials/seed3/env.json", python="3.9"),
+        "-cooler/record.json: baseline_sha256 does not follow from the trials",
+    ),
+    "rewritten record": (
+        rewrite_first,
+        "-cooler/record.json: baseline_sha256 does not follow from the trials",
+    ),
+    "no reference": (lambda: set_metadata(baseline_from=None), "baseline_commit does not follow"),
+    "own trials": (
+        lambda: set_metadata(baseline_from=f"{folder_of('cooler').name}/trials"),
+        "is on both sides",
+    ),
+    "outside of the records": (
+        lambda: set_metadata(baseline_from="../../runs"),
+        "its baseline ../../runs is not in docs/records",
+    ),
+    "not a name": (lambda: set_metadata(baseline_from=[]), "its baseline [] is not in docs"),
+    "copy and reference": (
+        lambda: shutil.copytree(folder_of("first") / "trials", folder_of("cooler") / "baseline"),
+        "has a copied baseline and refers to",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FORGED_REFERENCES)
+def test_check_finds_a_forged_reference(referring, case):
+    forge, problem = FORGED_REFERENCES[case]
+    forge()
+    assert problem in problems()
+
+
+def test_check_finds_a_changed_evaluation_in_the_code(copied, monkeypatch):
+    def evaluate(*args):
+        return 0.0
+
+    monkeypatch.setattr(train_llm, "evaluate", evaluate)
+    assert "train_llm.py: evaluate() has hash" in problems()
+
+
+def test_publish_repairs_the_pages(copied):
+    Path("docs/LEADERBOARD.md").write_text("stale")
+    forge_image()
+    record.main(["publish"])
+    record.main(["check"])
+
+
+@pytest.fixture
+def lucky(project, monkeypatch):
+    """A record without an improvement, as if `submit` had not refused it."""
+    fake_side("same", 4.8001)
     real = trials.compare
-    trials.compare = lambda *args: real(*args) | {"improvement": True}
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "compare", lambda *args: real(*args) | {"improvement": True})
         submit("lucky", new="runs/same-*")
-    finally:
-        trials.compare = real
-    assert "statistics.improvement is not what the trials give" in problems()
-    (folder,) = Path("docs/records").glob("*-lucky")
-    sides = [trials.load_trials([folder / side / "*"]) for side in ("trials", "baseline")]
-    edit(folder / "record.json", **leaderboard.derive(folder, *sides))
-    assert "is no record: neither is the loss lower" in problems()
+    return folder_of("lucky")
 
 
-def test_the_records_of_this_project_hold(monkeypatch, capsys):
+def test_check_finds_a_forged_verdict(lucky):
+    assert "statistics.improvement does not follow" in problems()
+
+
+def test_check_finds_a_record_without_an_improvement(lucky):
+    sides = [trials.load_trials([lucky / side / "*"]) for side in ("trials", "baseline")]
+    edit(lucky / "record.json", **leaderboard.derive(lucky, *sides, None))
+    assert "-lucky is not a record: the loss is not lower" in problems()
+
+
+def test_the_records_of_this_project_are_valid(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     record.main(["check"])
-    assert "records hold" in capsys.readouterr().out
+    assert "records are valid" in capsys.readouterr().out
+
+
+def test_every_record_of_this_project_weighs_less_than_60_kb():
+    sizes = {
+        folder.name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        for folder in (ROOT / "docs/records").iterdir()
+        if folder.is_dir()
+    }
+    assert {name: size for name, size in sizes.items() if size >= 60_000} == {}

@@ -1,254 +1,262 @@
-import math
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import flags_of, train_stage
-from PIL import Image
+from helpers import noisy
 from vector_quantize_pytorch import VectorQuantize
 
-import train_vqvae
-from common import UserError
-from metrics import read_metrics
-from vqvae import COLOUR_SCALE, VQVAE, Quantizer, VQVAEConfig
+from vqvae import COLOR_SCALE, VQVAE, Block, Quantizer, VQVAEConfig
 
 SMALL = VQVAEConfig(image_size=32, downsample=4, codebook_size=16, width=8, n_blocks=2)
 
 
-def noisy(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with every weight drawn anew, so that nothing is zero by initialization."""
-    with torch.no_grad():
-        for i, p in enumerate(model.parameters()):
-            p.normal_(std=0.3, generator=torch.Generator().manual_seed(i))
-    return model
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
 
 
-def vectors(n: int = 200, dim: int = 8, seed: int = 0) -> torch.Tensor:
+def random_vectors(n: int = 200, dim: int = 8, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def test_nearest_code_is_that_of_brute_force():
-    quantizer, z = Quantizer(16, 8), vectors()
-    assert torch.equal(
-        quantizer(z), torch.stack([((quantizer.codes - v) ** 2).sum(1).argmin() for v in z])
-    )
+def random_images(n: int = 2, size: int = 32) -> torch.Tensor:
+    return torch.rand(n, 3, size, size) * 2 - 1
 
 
-def test_update_and_revival_are_those_of_the_library():
-    """vector-quantize-pytorch replaces dead codes by random vectors in training, at the end of a forward pass."""
-    ours = Quantizer(16, 8)
-    theirs = VectorQuantize(
-        8, codebook_size=16, decay=0.99, rotation_trick=False, threshold_ema_dead_code=1e-9
-    ).train()
+# ---- configuration
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"image_size": 0}, "model.image_size is 0; it must be positive"),
+        ({"encoder_kernel": -1}, "model.encoder_kernel is -1; it must be positive"),
+        ({"image_size": 30}, "model.image_size 30 is not divisible .* 4; set it to 28"),
+        ({"image_size": 2}, "model.image_size 2 is not divisible .* 4; set it to 4"),
+        ({"code_dim": 2}, "model.code_dim is 2; it must be at least 3"),
+        ({"codebook_size": 65_536}, "model.codebook_size is 65536; it must be at most 65535"),
+        ({"encoder_kernel": 2}, "model.encoder_kernel is 2; it must be odd"),
+    ],
+)
+def test_config_rejects_impossible_values(values, message):
+    with pytest.raises(ValueError, match=message):
+        VQVAEConfig(**values)
+
+
+# ---- quantizer
+def test_quantizer_selects_the_nearest_code():
+    quantizer, z = Quantizer(16, 8), random_vectors()
+    nearest = [((quantizer.codes - v) ** 2).sum(1).argmin() for v in z]
+    assert torch.equal(quantizer(z), torch.stack(nearest))
+
+
+def reference_quantizer(ours: Quantizer, **options):
+    """The same codebook in vector-quantize-pytorch: the module and its codebook."""
+    K, D = ours.codes.shape
+    theirs = VectorQuantize(D, codebook_size=K, decay=ours.decay, rotation_trick=False, **options)
     book = theirs._codebook
-    book.embed.data[0], book.embed_avg.data[0], book.cluster_size.data[0] = (
-        ours.codes,
-        ours.sums,
-        ours.counts,
-    )
+    book.embed.data[0], book.embed_avg.data[0] = ours.codes, ours.sums
+    book.cluster_size.data[0] = ours.counts
+    return theirs.train(), book
+
+
+def test_update_matches_vector_quantize_pytorch():
+    ours = Quantizer(16, 8)
+    theirs, book = reference_quantizer(ours, threshold_ema_dead_code=0)
     for seed in range(5):
-        z = vectors(seed=seed)
+        z = random_vectors(seed=seed)
         indices = ours(z)
         assert torch.equal(indices, theirs(z[None])[1][0])
         ours.update(z, indices)
         torch.testing.assert_close(ours.codes, book.embed[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(ours.counts, book.cluster_size[0])
-    threshold = ours.counts.median().item()
-    book.threshold_ema_dead_code = book.reset_cluster_size = threshold
-    book.replace_sample_fn = lambda samples, n: samples[
-        :, torch.randint(200, (n,), generator=torch.Generator().manual_seed(7))
-    ]
-    dead = ours.counts < threshold
-    book.expire_codes_(z[None])
-    assert (
-        ours.revive(z, threshold, torch.Generator().manual_seed(7)) == dead.sum()
-        and 0 < dead.sum() < 16
-    )
-    for mine, other in (
-        (ours.codes, book.embed),
-        (ours.sums, book.embed_avg),
-        (ours.counts, book.cluster_size),
-    ):
-        torch.testing.assert_close(mine, other[0])
-    assert torch.equal(ours.sums[dead], ours.codes[dead] * threshold)
 
 
-def test_update_by_its_formula():
-    quantizer, z = Quantizer(4, 2), vectors(dim=2)
-    codes, indices = quantizer.codes.clone(), quantizer(vectors(dim=2))
+def test_update_follows_the_formula():
+    quantizer, z = Quantizer(4, 2, decay=0.9, eps=0.5), random_vectors(dim=2)
+    codes, indices = quantizer.codes.clone(), quantizer(z)
     quantizer.update(z, indices)
-    n = torch.tensor([0.99 + 0.01 * (indices == k).sum() for k in range(4)])
-    m = torch.stack([0.99 * codes[k] + 0.01 * z[indices == k].sum(0) for k in range(4)])
-    smoothed = (n + 1e-5) / (n.sum() + 4e-5) * n.sum()
-    torch.testing.assert_close(quantizer.codes, m / smoothed[:, None])
+    counts = torch.tensor([0.9 + 0.1 * (indices == k).sum() for k in range(4)])
+    sums = torch.stack([0.9 * codes[k] + 0.1 * z[indices == k].sum(0) for k in range(4)])
+    smoothed = (counts + 0.5) / (counts.sum() + 4 * 0.5) * counts.sum()
+    torch.testing.assert_close(quantizer.codes, sums / smoothed[:, None])
 
 
-def test_k_means_finds_clusters():
-    centres = 10 * vectors(16, seed=1)
-    quantizer = Quantizer(16, 8)
-    quantizer.start(
-        centres.repeat(50, 1) + 0.01 * vectors(800), torch.Generator().manual_seed(0), per_step=80
-    )
-    assert torch.cdist(centres, quantizer.codes).min(1).values.max() < 0.02
-    torch.testing.assert_close(quantizer.counts, torch.full((16,), 5.0))  # of 80 vectors a step
+def quantizer_with_unused_codes() -> tuple[Quantizer, torch.Tensor, float, torch.Tensor]:
+    """A quantizer after one update, its vectors, a count threshold, and the codes below it."""
+    quantizer, z = Quantizer(16, 8), random_vectors()
+    quantizer.update(z, quantizer(z))
+    threshold = quantizer.counts.median().item()
+    return quantizer, z, threshold, quantizer.counts < threshold
+
+
+def test_revive_matches_vector_quantize_pytorch():
+    ours, z, threshold, _ = quantizer_with_unused_codes()
+    _, book = reference_quantizer(ours, threshold_ema_dead_code=threshold)
+
+    def same_vectors(samples, n):
+        generator = torch.Generator().manual_seed(7)
+        return samples[:, torch.randint(200, (n,), generator=generator)]
+
+    book.replace_sample_fn = same_vectors
+    book.expire_codes_(z[None])
+    ours.revive(z, threshold, torch.Generator().manual_seed(7))
+    torch.testing.assert_close(ours.codes, book.embed[0])
+    torch.testing.assert_close(ours.sums, book.embed_avg[0])
+    torch.testing.assert_close(ours.counts, book.cluster_size[0])
+
+
+def test_revive_replaces_only_codes_below_the_threshold():
+    quantizer, z, threshold, unused = quantizer_with_unused_codes()
+    before = quantizer.codes.clone()
+    n_revived = quantizer.revive(z, threshold, torch.Generator())
+    changed = (quantizer.codes != before).any(1)
+    assert 0 < n_revived < 16
+    assert n_revived == unused.sum()
+    assert torch.equal(changed, unused)
+
+
+def test_revived_codes_are_input_vectors_and_stay_there_at_an_empty_update():
+    quantizer, z, threshold, unused = quantizer_with_unused_codes()
+    quantizer.revive(z, threshold, torch.Generator())
+    revived = quantizer.codes[unused]
+    assert all((z == code).all(1).any() for code in revived)
+    quantizer.update(z[:0], torch.empty(0, dtype=torch.long))
+    torch.testing.assert_close(quantizer.codes[unused], revived, rtol=1e-3, atol=1e-3)
+
+
+def clustered_quantizer() -> tuple[torch.Tensor, Quantizer]:
+    """16 cluster centers, and a quantizer initialized with 50 vectors around each of them."""
+    centers, quantizer = 10 * random_vectors(16, seed=1), Quantizer(16, 8)
+    z = centers.repeat(50, 1) + 0.01 * random_vectors(800)
+    quantizer.kmeans_init(z, torch.Generator().manual_seed(0), per_step=80)
+    return centers, quantizer
+
+
+def test_kmeans_init_finds_the_clusters():
+    centers, quantizer = clustered_quantizer()
+    assert torch.cdist(centers, quantizer.codes).min(1).values.max() < 0.02
+
+
+def test_kmeans_init_scales_the_statistics_to_one_step():
+    _, quantizer = clustered_quantizer()
+    torch.testing.assert_close(quantizer.counts, torch.full((16,), 5.0))  # 80 vectors per step
     torch.testing.assert_close(quantizer.sums, 5 * quantizer.codes)
 
 
-def test_gradient_goes_straight_through():
-    model = noisy(VQVAE(SMALL))
-    x = torch.rand(2, 3, 32, 32) * 2 - 1
+def test_kmeans_init_needs_a_vector_per_code():
+    with pytest.raises(AssertionError, match="16 codes needs at least 16 vectors, not 15"):
+        Quantizer(16, 8).kmeans_init(random_vectors(15), torch.Generator(), per_step=1)
+
+
+# ---- network
+def test_gradient_passes_straight_through_the_quantizer(monkeypatch):
+    model, x = noisy(VQVAE(SMALL)), random_images()
     z = model.features(x).detach().requires_grad_()
-    model.features = lambda _: z
-    back, *_ = model(x)
-    back.square().sum().backward()
-    quantized = model.lookup(
-        model.quantizer(z.permute(0, 2, 3, 1).flatten(0, 2).detach()).view(2, 8, 8)
-    ).requires_grad_()
+    monkeypatch.setattr(model, "features", lambda _: z)
+    reconstruction, _, _, codes = model(x)
+    reconstruction.square().sum().backward()
+    quantized = model.lookup(codes).requires_grad_()
     model.render(quantized).square().sum().backward()
-    torch.testing.assert_close(
-        z.grad, quantized.grad, atol=1e-4, rtol=1e-4
-    )  # sums in another order, by machine and draw
     assert z.grad.abs().mean() > 0.01
+    torch.testing.assert_close(z.grad, quantized.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_stored_codes_decode_to_the_reconstruction():
+def test_encode_returns_the_codes_of_the_forward_pass():
+    model, x = noisy(VQVAE(SMALL)), random_images()
+    codes = model(x)[3]
+    assert codes.shape == (2, 8, 8)
+    assert torch.equal(model.encode(x), codes)
+
+
+def test_decode_returns_the_clipped_reconstruction():
+    model, x = noisy(VQVAE(SMALL)), random_images()
+    reconstruction, _, _, codes = model(x)
+    assert reconstruction.abs().max() > 1
+    torch.testing.assert_close(model.decode(codes), reconstruction.clamp(-1, 1))
+
+
+def test_commitment_loss_is_the_squared_distance_between_features_and_codes():
+    model, x = noisy(VQVAE(SMALL)), random_images()
+    _, commit_loss, vectors, codes = model(x)
+    distance = (vectors - model.quantizer.codes[codes.flatten()]).square().mean()
+    torch.testing.assert_close(commit_loss, distance)
+
+
+def test_commitment_loss_trains_the_encoder_only():
     model = noisy(VQVAE(SMALL))
-    x = torch.rand(2, 3, 32, 32) * 2 - 1
-    back, commit, found, codes = model(x)
-    assert torch.equal(model.encode(x), codes) and codes.shape == (2, 8, 8)
-    torch.testing.assert_close(model.decode(codes), back.clamp(-1, 1))
-    torch.testing.assert_close(
-        commit, (found - model.quantizer.codes[codes.flatten()]).square().mean()
-    )
+    model(random_images())[1].backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.encoder.parameters())
+    assert all(p.grad is None for p in model.decoder.parameters())
 
 
-def test_it_compiles_as_one_graph():
-    model, x = noisy(VQVAE(SMALL)), torch.rand(2, 3, 32, 32) * 2 - 1
+def test_forward_returns_features_without_a_gradient():
+    model, x = noisy(VQVAE(SMALL)), random_images()
+    vectors = model(x)[2]
+    assert not vectors.requires_grad
+    assert torch.equal(vectors, model.features(x).permute(0, 2, 3, 1).reshape(-1, 8))
+
+
+def test_block_starts_as_the_identity_plus_a_bias():
+    block, x = Block(8, 3), torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(block(x), x + block.conv2.bias[:, None, None])
+
+
+def test_model_compiles_as_one_graph():
+    model, x = noisy(VQVAE(SMALL)), random_images()
     compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
-    for traced, plain in zip(compiled(x), model(x)):
-        torch.testing.assert_close(traced, plain)
+    for traced, eager in zip(compiled(x), model(x), strict=True):
+        torch.testing.assert_close(traced, eager)
 
 
-def test_bf16_computes_near_fp32_and_codes_stay_fp32():
-    exact, rough = (noisy(VQVAE(SMALL, dtype)) for dtype in (torch.float32, torch.bfloat16))
-    x = torch.rand(2, 3, 32, 32) * 2 - 1
-    a, b = exact.features(x), rough.features(x)
-    assert (
-        b.dtype == torch.float32
-        and (a - b).abs().mean() < 0.05 * a.abs().mean()
-        and not torch.equal(a, b)
+def test_bf16_features_are_close_to_fp32_features():
+    x = random_images()
+    exact, rough = (noisy(VQVAE(SMALL, t)).features(x) for t in (torch.float32, torch.bfloat16))
+    assert rough.dtype == torch.float32
+    assert 0 < (exact - rough).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_bf16_images_are_close_to_fp32_images():
+    z = torch.randn(2, 8, 8, 8)
+    exact, rough = (noisy(VQVAE(SMALL, t)).render(z) for t in (torch.float32, torch.bfloat16))
+    assert rough.dtype == torch.float32
+    assert 0 < (exact - rough).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_weights_and_codes_stay_fp32_in_bf16():
+    state = VQVAE(SMALL, torch.bfloat16).state_dict()
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_untrained_features_are_the_patch_colors():
+    model, x = VQVAE(SMALL), random_images()
+    colors = F.interpolate(x, size=(8, 8), mode="bilinear")
+    features = model.features(x)
+    torch.testing.assert_close(features[:, :3], COLOR_SCALE * colors)
+    assert not features[:, 3:].any()
+
+
+def test_untrained_decoder_upsamples_the_patch_colors():
+    model, x = VQVAE(SMALL), random_images()
+    colors = F.interpolate(x, size=(8, 8), mode="bilinear")
+    upsampled = F.interpolate(colors, size=(32, 32), mode="bilinear")
+    torch.testing.assert_close(model.render(model.features(x)), upsampled)
+
+
+@pytest.mark.parametrize("kernel, margin", [(1, 0), (3, 5)])  # five convolutions in the encoder
+def test_crop_has_the_features_of_the_full_image(kernel, margin):
+    config = VQVAEConfig(
+        image_size=96, codebook_size=16, width=8, n_blocks=2, encoder_kernel=kernel
     )
-    assert {p.dtype for p in rough.state_dict().values()} == {torch.float32}
+    model, x = noisy(VQVAE(config)), random_images(1, 96)
+    full = model.features(x)[..., 2:22, 2:22]
+    crop = model.features(x[..., 8:88, 8:88])
+    inside = slice(margin, 20 - margin)
+    torch.testing.assert_close(crop[..., inside, inside], full[..., inside, inside])
 
 
-def test_untrained_it_is_a_palette_and_a_crop_is_coded_as_in_the_whole():
-    model, x = VQVAE(SMALL), torch.rand(1, 3, 32, 32) * 2 - 1
-    small = F.interpolate(x, size=(8, 8), mode="bilinear")
-    torch.testing.assert_close(model.features(x)[:, :3], COLOUR_SCALE * small)
-    torch.testing.assert_close(
-        model.render(model.features(x)), F.interpolate(small, size=(32, 32), mode="bilinear")
-    )
-    wide = noisy(VQVAE(VQVAEConfig(image_size=96, codebook_size=16, width=8, n_blocks=2)))
-    x = (
-        torch.rand(1, 3, 96, 96) * 2 - 1
-    )  # two blocks and a first convolution see 5 cells around one
-    torch.testing.assert_close(
-        wide.features(x)[..., 7:17, 7:17], wide.features(x[..., 8:88, 8:88])[..., 5:15, 5:15]
-    )
-
-
-def test_measures():
-    a = torch.rand(2, 3, 16, 16) * 2 - 1
-    assert train_vqvae.psnr(a, a).min() > 60 and train_vqvae.ssim(a, a).tolist() == pytest.approx(
-        [1, 1]
-    )
-    grey = torch.zeros(1, 3, 16, 16)
-    assert train_vqvae.psnr(grey, grey + 2 / 255 * 10).item() == pytest.approx(
-        10 * math.log10(255**2 / 100)
-    )
-    flat = train_vqvae.ssim(
-        grey, grey + 0.4
-    ).item()  # flat pictures: what is left is the term of the means
-    assert flat == pytest.approx((2 * 0.5 * 0.7 + 1e-4) / (0.5**2 + 0.7**2 + 1e-4), rel=1e-3)
-    assert train_vqvae.ssim(a, -a).max() < 0
-    rng = np.random.default_rng(0)
-    random, rows = (
-        torch.from_numpy(rng.integers(0, 8, (160, 8, 8))),
-        torch.arange(8).expand(60, 8, 8),
-    )
-    assert train_vqvae.probe_nats(random[:100], random[100:], 8, 20) > math.log(8) - 0.2
-    assert train_vqvae.probe_nats(rows, rows[:9], 8, 200) < 0.05
-
-
-def vqvae(**changes) -> dict:
-    return train_stage(train_vqvae, **changes)
-
-
-def test_training_beats_the_palette_and_resumes_bit_for_bit(workdir, capsys):
-    size = dict(images=2400, probe_steps=50, model__codebook_size=64, model__width=24)
-    whole = vqvae(run="whole", **size)
-    assert (
-        whole["val_psnr"] > whole["palette_psnr"] + 0.5
-        and whole["codes_used"] > 40
-        and whole["probe_nats"] < math.log(64)
-    )
-    assert {
-        "val_loss",
-        "val_psnr_p5",
-        "val_ssim",
-        "code_perplexity",
-        "params",
-        "images_per_second",
-        "device",
-    } <= whole.keys()
-    assert "collapsed" not in capsys.readouterr().out
-    assert (
-        Image.open("runs/whole/samples/0000300.png").width > 8 * 32
-        and Path("runs/whole/loss.png").exists()
-    )
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(
-            train_vqvae.Interrupt,
-            "__enter__",
-            lambda self: (setattr(self, "code", 130), setattr(self, "before", {}), self)[-1],
-        )
-        vqvae(run="cut", **size)  # stops after a step, as for SIGINT
-    assert stopped.value.code == 130
-    again = vqvae(run="cut", resume="true", **size)
-    assert (
-        read_metrics(Path("runs/whole")) == read_metrics(Path("runs/cut"))
-        and again["val_psnr"] == whole["val_psnr"]
-    )
-
-
-def test_a_collapsed_codebook_is_told(workdir, capsys):
-    for i in range(40):
-        folder = Path("red") / "abc"[i % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (200, 30, 30)).save(folder / f"{i}.png")
-    vqvae(run="red", images=160, data__source="red", data__val_source="red")
-    assert "warning: only 1 of 16 codes" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "flag, says",
-    {
-        "--model.image_size=30": "not divisible by model.downsample 4: set it to 28",
-        "--crop=6": "--crop 6 must be a multiple",
-        "--model.code_dim=2": "code_dim is 2",
-        "--images=3": "less than one step",
-        "--data.source=none": "none",
-        "--data.source=none.parquet": "there is no such folder or .parquet file",
-        "--micro_batch=3": "does not divide",
-    }.items(),
-)
-def test_bad_input_is_one_clear_line(workdir, flag, says):
-    from common import load_config
-
-    with pytest.raises(UserError) as error:
-        train_vqvae.main(load_config(train_vqvae.Config, [*flags_of(train_vqvae, run="new"), flag]))
-    assert (
-        says in str(error.value) and "\n" not in str(error.value) and not Path("runs/new").exists()
-    )
+@pytest.mark.parametrize("kernel, n_changed", [(1, 1), (3, 64)])
+def test_kernel_1_encodes_each_patch_on_its_own(kernel, n_changed):
+    config = VQVAEConfig(image_size=32, codebook_size=16, width=8, encoder_kernel=kernel)
+    model, x = noisy(VQVAE(config)), random_images(1)
+    changed = x.clone()
+    changed[..., 16:20, 16:20] = 0  # the pixels of one patch
+    difference = (model.features(x) != model.features(changed)).any(1)
+    assert difference.sum() == n_changed

@@ -1,7 +1,9 @@
-"""Records on disk: what follows from their trials, the pages and pictures they make, and whether all of it agrees.
+"""Records: what follows from their trials, the pages and images made from them, and their checks.
 
-docs/records/DATE-NAME/ holds record.json, diff.patch, README.md, and each trial in trials/seedN/, of the baseline in
-baseline/seedN/. Only name, date, who and note are anyone's word: the rest follows from the trials.
+docs/records/DATE-NAME/ holds record.json, diff.patch (recipe code only), README.md, and each trial
+in trials/seedN/. The baseline's trials are in baseline/seedN/, unless another record already has
+them: then record.json names that record's folder and the sha256 of its trial files. Only name,
+date, who and note are typed by a person; the rest follows from the trials.
 """
 
 import hashlib
@@ -14,33 +16,35 @@ from datetime import date
 from pathlib import Path
 
 import train_llm
-from common import UserError, write_text
+from common.config import UserError, flatten
+from common.run import write_text
 from tools.trials import (
     BUDGETS,
     P_WORSE,
     Trial,
     changed_settings,
-    check_pair,
-    check_side,
+    check_sides,
     column,
     compare,
     comparison_table,
+    duration,
     lines_of_code,
     load_trials,
-    minutes,
-    spread,
+    markdown_table,
     statistics_of,
+    stdev,
     verdict,
 )
 
 DOCS = Path("docs")
-MAX_ROWS = 500  # training steps of a trial that a record keeps: a trial of 1B tokens has 61,035
+COLUMNS = "#,date,val loss,val bpb,train loss,time,tokens/s,tokens,parameters,device,who"
+Curve = tuple[list[int], list[float], list[float]]  # tokens, mean validation loss, stdev
 
 
 @dataclass
 class Record:
     folder: Path
-    said: dict  # record.json
+    metadata: dict  # record.json
     trials: list[Trial]
     baseline: list[Trial]
 
@@ -50,322 +54,341 @@ class Record:
 
     @property
     def data(self) -> tuple[str, str]:
-        """What two records must share for their losses to compare."""
+        """What two records must share for their losses to be comparable."""
         return self.trials[0].summary["train_sha256"], self.trials[0].summary["val_sha256"]
+
+    @property
+    def val_loss(self) -> float:
+        return self.metadata["statistics"]["new"]["val_loss"]["mean"]
+
+
+# ---- files
+def digest_of(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """{path in folder: sha256} of its files, except the two that are made from the others."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if path.name not in ("record.json", "README.md")
+    }
 
 
 def copy_trials(trials: list[Trial], folder: Path) -> None:
-    """Keep what a record needs of each trial: all of its evaluations, and every k-th step if there are many."""
+    """Copy what a record stores of each trial; of its metrics, the evaluations."""
     for trial in trials:
         place = folder / f"seed{trial.summary['seed']}"
         place.mkdir(parents=True)
         for name in ("config.yaml", "summary.json", "env.json", "trials.json"):
             if (trial.path / name).exists():
                 shutil.copy(trial.path / name, place / name)
-        every = -(-trial.summary["steps"] // MAX_ROWS)
-        rows = [row for row in trial.rows if "val_loss" in row or row["step"] % every == 0]
-        (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [json.dumps(row) + "\n" for row in trial.evaluations]
+        (place / "metrics.jsonl").write_text("".join(lines))
 
 
+def stored_trials() -> dict[str, Path]:
+    """{"RECORD/trials" or "RECORD/baseline": its folder} for all trials that records store."""
+    sides = [(DOCS / "records").glob(f"[!.]*/{side}") for side in ("trials", "baseline")]
+    return {f"{path.parent.name}/{path.name}": path for side in sides for path in sorted(side)}
+
+
+def store_baseline(base: list[Trial], folder: Path) -> str | None:
+    """Copy trials to folder, or return the name of the stored trials that equal them."""
+    copy_trials(base, folder)
+    copied = file_hashes(folder)
+    for name, path in stored_trials().items():
+        if file_hashes(path) == copied:
+            shutil.rmtree(folder)
+            return name
+    return None
+
+
+def load_baseline(folder: Path, source: str | None) -> list[Trial]:
+    """The baseline from folder/baseline, or from the stored trials `source`. Raises UserError."""
+    copied = folder / "baseline"
+    if source is None:
+        return load_trials([copied / "*"]) if copied.exists() else []
+    if copied.exists():
+        raise UserError(f"{folder} has a copied baseline and refers to {source}; delete one")
+    if str(source) not in stored_trials():
+        raise UserError(f"{folder}: its baseline {source} is not in docs/records; restore it")
+    return load_trials([stored_trials()[source] / "*"])
+
+
+# ---- records
 def accepted_evaluations() -> dict[str, str]:
-    """{sha256 of the code that scores: why it is accepted}. Raises UserError."""
+    """{sha256 of the code that evaluates: why it is accepted}. Raises UserError."""
     path = DOCS / "records" / "evaluations.json"
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): run this in the project's folder"
-        ) from error
+        raise UserError(f"cannot read {path} ({error}); run this in the project folder") from error
 
 
-def derive(folder: Path, new: list[Trial], base: list[Trial]) -> dict:
-    """What record.json says beside name, date, who and note. Raises UserError where the trials do not hold."""
-    check_pair(base, new) if base else check_side(new)
-    first, patch = new[0], (folder / "diff.patch").read_text()
+def derive(folder: Path, new: list[Trial], base: list[Trial], source: str | None) -> dict:
+    """Everything in record.json except name, date, who and note.
+
+    Args:
+        source: name of the stored trials that are the baseline; None if it is a copy.
+
+    Raises UserError if the trials are not those of a record.
+    """
+    check_sides(base, new)
+    first = new[0]
     for trial in (*base, *new):
         if trial.summary["dirty"] or not trial.summary["commit"]:
             raise UserError(
-                f"{trial.path} ran code that is in no commit: commit it, then make the trials again"
+                f"{trial.path} ran uncommitted code; commit it, then make the trials again"
             )
-    if (code := first.summary["evaluation_sha256"]) not in accepted_evaluations():
+    evaluation = first.summary["evaluation_sha256"]
+    if evaluation not in accepted_evaluations():
         raise UserError(
-            f"{first.path} was scored by other code ({code[:12]}) than docs/records/evaluations.json lists: "
-            "the evaluation is fixed"
+            f"{first.path} was evaluated by code ({evaluation[:12]}) that is not in "
+            "docs/records/evaluations.json; the evaluation is fixed"
         )
-    program, *words = new[-1].env[
-        "command"
-    ]  # the last one's: it may have been extended by more seeds
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in ("record.json", "README.md")
-    )
+    program, *words = new[-1].env["command"]  # the last: it may have added seeds to the others
+    program = "-m tools.record" if program == "record.py" else program
     return {
         "tokens": first.config["tokens"],
         "machine": first.machine,
-        "command": f"python {'-m tools.record' if program == 'record.py' else program} {shlex.join(words)}",
+        "command": f"python {program} {shlex.join(words)}",
         "commit": first.summary["commit"],
         "baseline_commit": base[0].summary["commit"] if base else None,
+        "baseline_from": source,
+        "baseline_sha256": digest_of(file_hashes(stored_trials()[source])) if source else None,
         "settings": changed_settings(base[0], first) if base else {},
-        "lines": lines_of_code(patch),
+        "lines": lines_of_code((folder / "diff.patch").read_text()),
         "statistics": statistics_of(base, new),
-        "files": {
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in files
-        },
+        "files": file_hashes(folder),
     }
 
 
 def load_record(folder: Path) -> Record:
-    """Raises UserError where anything in the folder disagrees with the trials in it."""
+    """Raises UserError if anything in the folder disagrees with the trials."""
     try:
-        said = json.loads((folder / "record.json").read_text())
-        words = {key: said[key] for key in ("name", "date", "who", "note")}
-        named = folder.name == f"{date.fromisoformat(said['date'])}-{said['name']}"
-        valid = all(
-            isinstance(word, str) and word.strip() and "\n" not in word for word in words.values()
-        )
+        metadata = json.loads((folder / "record.json").read_text())
+        typed = {key: metadata[key] for key in ("name", "date", "who", "note")}
+        source = metadata["baseline_from"]
+        expected = f"{date.fromisoformat(typed['date'])}-{typed['name']}"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/record.json is no record: {error!r}") from error
-    if not named or not valid:
+        raise UserError(f"{folder}/record.json is not a record ({error!r}); restore it") from error
+    valid = [isinstance(text, str) and text.strip() and "\n" not in text for text in typed.values()]
+    if folder.name != expected or not all(valid):
         raise UserError(
-            f"{folder}/record.json: name, date (YYYY-MM-DD), who and note must be lines of text, the first two as in "
-            "the folder's name"
+            f"{folder}/record.json: name, date (YYYY-MM-DD), who and note must each be one line "
+            "of text, and the folder must be named DATE-NAME"
         )
     if not (folder / "diff.patch").exists():
-        raise UserError(f"{folder} has no diff.patch")
+        raise UserError(f"{folder} has no diff.patch; restore it")
     new = load_trials([folder / "trials" / "*"])
-    base = load_trials([folder / "baseline" / "*"]) if (folder / "baseline").exists() else []
-    if where := differing(said, words | derive(folder, new, base)):
-        raise UserError(f"{folder}/record.json: {where} is not what the trials give")
-    if base and not said["statistics"]["improvement"]:
-        raise UserError(f"{folder} is no record: {verdict(said['statistics'])[1]}")
-    return Record(folder, said, new, base)
+    base = load_baseline(folder, source)
+    written, derived = flatten(metadata), flatten(typed | derive(folder, new, base, source))
+    for key in sorted(written.keys() | derived.keys()):
+        if written.get(key) != derived.get(key):
+            raise UserError(f"{folder}/record.json: {key} does not follow from the trials")
+    if base and not metadata["statistics"]["improvement"]:
+        raise UserError(f"{folder} is not a record: {verdict(metadata['statistics'])[1]}")
+    return Record(folder, metadata, new, base)
 
 
-def differing(a, b, name: str = "") -> str:
-    """Name of the first place where two trees differ, or an empty string."""
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return "" if a == b else name
-    return next(
-        (
-            found
-            for key in sorted(a.keys() | b.keys())
-            if (found := differing(a.get(key), b.get(key), f"{name}.{key}".lstrip(".")))
-        ),
-        "",
-    )
+def record_folders() -> list[Path]:
+    return sorted(path for path in (DOCS / "records").glob("[!.]*") if path.is_dir())
 
 
 def all_records() -> list[Record]:
-    """Oldest first; of one day, the highest loss first. Raises UserError."""
-    records = [
-        load_record(folder)
-        for folder in sorted((DOCS / "records").glob("[!.]*"))
-        if folder.is_dir()
-    ]
-    return sorted(
-        records,
-        key=lambda r: (
-            r.said["date"],
-            bool(r.baseline),
-            -r.said["statistics"]["new"]["val_loss"]["mean"],
-        ),
-    )
+    """Oldest first; within a day, records without a baseline, then higher loss, come first.
+
+    Raises UserError.
+    """
+    records = [load_record(folder) for folder in record_folders()]
+    return sorted(records, key=lambda r: (r.metadata["date"], bool(r.baseline), -r.val_loss))
 
 
-def check_first(record: Record, records: list[Record]) -> None:
-    """Raises UserError unless a record has a baseline or is the first of its table, and is no worse than the others there."""
-    if not (rivals := [r for r in records if r.tokens == record.tokens and r.data == record.data]):
+def check_rank(record: Record, records: list[Record]) -> None:
+    """Check a record against the earlier ones of its budget and data.
+
+    Raises UserError if there are any and the record has no baseline or is worse than the best.
+    """
+    rivals = [r for r in records if r.tokens == record.tokens and r.data == record.data]
+    if not rivals:
         return
     if not record.baseline:
         raise UserError(
-            f"{record.folder} has no baseline, but its table has a record: measure --baseline on your machine"
+            f"{record.folder} has no baseline, but its table already has a record; "
+            "measure a baseline on your machine and pass it with --baseline"
         )
-    best = min(rivals, key=lambda r: r.said["statistics"]["new"]["val_loss"]["mean"])
-    found = compare(
-        *(
-            column(side, key)
-            for key in ("val_loss", "train_seconds")
-            for side in (best.trials, record.trials)
-        )
-    )
-    if found["p_lower"] > 1 - P_WORSE:
+    best = min(rivals, key=lambda r: r.val_loss)
+    keys, sides = ("val_loss", "train_seconds"), (best.trials, record.trials)
+    comparison = compare(*(column(side, key) for key in keys for side in sides))
+    if comparison["p_lower"] > 1 - P_WORSE:
         raise UserError(
-            f"{record.folder} is behind the record {best.said['name']}: {verdict(found)[1]}"
+            f"{record.folder} is behind the record {best.metadata['name']}: "
+            f"{verdict(comparison)[1]}"
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- pages
-def readme(said: dict) -> str:
-    """The page of a record."""
-    settings = "".join(
-        f"| `{key}` | {before} | {after} |\n" for key, (before, after) in said["settings"].items()
-    )
-    against = (
-        f" The baseline's commit is `{said['baseline_commit']}`."
-        if said["baseline_commit"]
-        else " It has no baseline."
-    )
+# ---- pages and images
+def readme(metadata: dict) -> str:
+    """README.md of a record."""
+    commit, source = metadata["baseline_commit"], metadata["baseline_from"]
+    place = f"../{source}/" if source else "baseline/"
+    baseline = f"Baseline: commit `{commit}`, [trials]({place})." if commit else "No baseline."
+    settings = [[f"`{key}`", *pair] for key, pair in metadata["settings"].items()]
+    table = markdown_table([["setting", "baseline", "new"], *settings]) + "\n" if settings else ""
+    lines = metadata["lines"]
     return (
-        f"# {said['name']}\n\n{said['note']}\n\n{said['date']}, by {said['who']}, on {said['machine']}.\n\n"
-        f"    git checkout {said['commit']}\n    {said['command']}\n\n{comparison_table(said['statistics'])}\n"
-        + (f"| setting | baseline | new |\n| --- | --- | --- |\n{settings}\n" if settings else "")
-        + f"Lines of code: {said['lines']['added']} added, {said['lines']['removed']} removed ([diff.patch](diff.patch))."
-        f"{against} Every trial: [trials](trials/).\n"
+        f"# {metadata['name']}\n\n{metadata['note']}\n\n"
+        f"{metadata['date']}, by {metadata['who']}, on {metadata['machine']}.\n\n"
+        f"    git checkout {metadata['commit']}\n    {metadata['command']}\n\n"
+        f"{comparison_table(metadata['statistics'])}\n{table}"
+        f"Lines of code: {lines['added']} added, {lines['removed']} removed "
+        f"([diff.patch](diff.patch)).\n{baseline}\nNew: [trials](trials/).\n"
     )
 
 
 def label(tokens: int) -> str:
-    return next(
-        (name for name, budget in BUDGETS.items() if budget == tokens),
-        f"{tokens:,}-tokens".replace(",", "_"),
-    )
+    names = {budget: name for name, budget in BUDGETS.items()}
+    return names.get(tokens, f"{tokens:,}")
 
 
-def picture(tokens: int) -> Path:
-    return DOCS / "images" / f"leaderboard-{label(tokens)}.png"
+def image_path(tokens: int) -> Path:
+    return DOCS / "images" / f"leaderboard-{label(tokens).replace(',', '')}.png"
 
 
 def leaderboard(records: list[Record]) -> str:
-    """The page of all records: one table a budget, in it one for each data set."""
+    """The page of all records: a section for each budget with a table for each training text."""
     text = (
-        "# Leaderboard\n\nMeasured improvements, oldest first: the last row of a table is the one to beat. How to add one: "
-        "[CONTRIBUTING.md](CONTRIBUTING.md).\nLosses are nats per token on held-out text: mean ± sample standard deviation "
-        "over n seeds. Times are training alone and compare\non one machine only. Each text has a table of its own. Made by "
-        "`python -m tools.record submit` from [records/](records/);\nedits here do not last.\n"
+        "# Leaderboard\n\n"
+        "Measured improvements, oldest first: the last row of a table is the one to beat.\n"
+        "[CONTRIBUTING.md](CONTRIBUTING.md) explains how to add one. Losses are nats per token on\n"
+        "held-out text: mean ± sample standard deviation (number of seeds). Times count training\n"
+        "only and are comparable on one machine only. Each training text has its own table.\n"
+        "`python -m tools.record submit` generates this page from [records/](records/);\n"
+        "do not edit it by hand.\n"
     )
     budgets = [*BUDGETS.values(), *sorted({r.tokens for r in records} - set(BUDGETS.values()))]
     for tokens in budgets:
-        mine = [r for r in records if r.tokens == tokens]
-        name = label(tokens).replace("_", ",").replace("-", " ")
-        text += f"\n## {'small: 1M tokens, no GPU' if name == 'small' else name if 'tokens' in name else f'{name} tokens'}\n"
-        text += (
-            f"\n![validation loss against tokens](images/{picture(tokens).name})\n"
-            if mine
-            else "\nNo record yet.\n"
-        )
-        for data in dict.fromkeys(r.data for r in mine):
-            rows = [r for r in mine if r.data == data]
-            first = rows[0].trials[0]
-            source = ", ".join(
-                str(value) if key == "data.source" else key.removeprefix("data.source.")
-                for key, value in first.config.items()
-                if key.startswith("data.source")
-            )
-            text += (
-                f"\nText {source} `{data[0][:12]}`, validation `{data[1][:12]}` ({first.summary['val_tokens']:,} tokens), "
-                f"tokenizer `{first.summary['tokenizer_sha256'][:12]}`:\n\n"
-                "| # | date | val loss | val bpb | train loss | time | tokens/s | tokens | parameters | GPU | who | "
-                "what changed | link |\n" + "| --- " * 13 + "|\n"
-            )
-            for number, r in enumerate(rows, start=1):
-                new, one = r.said["statistics"]["new"], r.trials[0].summary
-                mean = {
-                    key: figure["mean"] for key, figure in new.items() if isinstance(figure, dict)
-                }
-                cells = [
-                    number,
-                    r.said["date"],
-                    f"{mean['val_loss']:.4f} ± {new['val_loss']['sd']:.4f} ({new['n']})",
-                    f"{mean['val_bpb']:.4f}",
-                    f"{mean['train_loss']:.4f}",
-                    minutes(mean["train_seconds"]),
-                    f"{mean['tokens_per_second']:,.0f}",
-                    f"{one['tokens']:,}",
-                    f"{new['params']:,}",
-                    one["device"],
-                    r.said["who"],
-                    r.said["note"],
-                    f"[record](records/{r.folder.name}/)",
-                ]
-                text += "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |\n"
+        small = tokens == BUDGETS["small"]
+        title = "small: 1M tokens, no GPU" if small else f"{label(tokens)} tokens"
+        text += f"\n## {title}\n\n"
+        group = [r for r in records if r.tokens == tokens]
+        if group:
+            text += f"![validation loss against tokens](images/{image_path(tokens).name})\n"
+        else:
+            text += "No record yet.\n"
+        for data in dict.fromkeys(r.data for r in group):
+            text += f"\n{data_table([r for r in group if r.data == data])}"
     return text + "\n" + (DOCS / "records" / "quoted.md").read_text()
 
 
-def curves(records: list[Record]) -> dict[str, tuple[list, list, list]]:
-    """{record: (tokens, mean validation loss, standard deviation)} over the evaluations that all of its trials have."""
-    found = {}
-    for r in records:
-        losses = [
-            {row["tokens"]: row["val_loss"] for row in trial.rows if "val_loss" in row}
-            for trial in r.trials
+def data_table(records: list[Record]) -> str:
+    """The table of the records that share budget and data, below a line that names the data."""
+    first = records[0].trials[0]
+    sources = {key: value for key, value in first.config.items() if key.startswith("data.source")}
+    names = [
+        str(value) if key == "data.source" else key.removeprefix("data.source.")
+        for key, value in sources.items()
+    ]
+    hashes = {key: first.summary[f"{key}_sha256"][:12] for key in ("train", "val", "tokenizer")}
+    rows = [[*COLUMNS.split(","), "what changed", "link"]]
+    for number, r in enumerate(records, start=1):
+        new, one = r.metadata["statistics"]["new"], r.trials[0].summary
+        row = [
+            number,
+            r.metadata["date"],
+            f"{r.val_loss:.4f} ± {new['val_loss']['sd']:.4f} ({new['n']})",
+            f"{new['val_bpb']['mean']:.4f}",
+            f"{new['train_loss']['mean']:.4f}",
+            duration(new["train_seconds"]["mean"]),
+            f"{new['tokens_per_second']['mean']:,.0f}",
+            f"{one['tokens']:,}",
+            f"{new['params']:,}",
+            one["device"],
+            r.metadata["who"],
+            r.metadata["note"],
+            f"[record](records/{r.folder.name}/)",
         ]
-        at = sorted(set.intersection(*map(set, losses)))
-        values = [[loss[tokens] for loss in losses] for tokens in at]
-        found[r.said["name"]] = (
-            at,
+        rows.append(row)
+    return (
+        f"Training text {', '.join(names)} `{hashes['train']}`, validation text `{hashes['val']}`\n"
+        f"({first.summary['val_tokens']:,} tokens), tokenizer `{hashes['tokenizer']}`:\n\n"
+        + markdown_table(rows)
+    )
+
+
+def curves(records: list[Record]) -> dict[str, Curve]:
+    """The curve of each record, by name, over the evaluations that all of its trials have."""
+    by_name = {}
+    for r in records:
+        losses = [{row["tokens"]: row["val_loss"] for row in t.evaluations} for t in r.trials]
+        shared = sorted(set.intersection(*map(set, losses)))
+        values = [[loss[tokens] for loss in losses] for tokens in shared]
+        by_name[r.metadata["name"]] = (
+            shared,
             [statistics.mean(v) for v in values],
-            [spread(v) for v in values],
+            [stdev(v) for v in values],
         )
-    return found
+    return by_name
 
 
-def draw(path: Path, lines: dict[str, tuple[list, list, list]]) -> None:
-    """The validation losses of a budget's records; what is drawn is noted in the file, so that `check` sees a stale one."""
+def plot(path: Path, by_name: dict[str, Curve]) -> None:
+    """Write curves as a PNG that holds their digest, so that `check` can tell if it is stale."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(8, 5), dpi=120, layout="tight")
     ax = fig.subplots()
-    for name, (tokens, mean, sd) in lines.items():
+    for name, (tokens, mean, sd) in by_name.items():
         ax.errorbar(tokens, mean, yerr=sd, marker="o", capsize=3, label=f"{name}: {mean[-1]:.4f}")
     ax.set(xlabel="tokens", ylabel="validation loss (nats per token)")
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.savefig(path, metadata={"Description": digest_of(lines)})
-
-
-def digest_of(value) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    fig.savefig(path, metadata={"Description": digest_of(by_name)})
 
 
 def publish(records: list[Record]) -> None:
-    """Write LEADERBOARD.md, its pictures and the records' pages."""
+    """Write LEADERBOARD.md, its images and the README.md of each record."""
     for record in records:
-        write_text(record.folder / "README.md", readme(record.said))
+        write_text(record.folder / "README.md", readme(record.metadata))
     for tokens in sorted({r.tokens for r in records}):
-        draw(picture(tokens), curves([r for r in records if r.tokens == tokens]))
+        plot(image_path(tokens), curves([r for r in records if r.tokens == tokens]))
     write_text(DOCS / "LEADERBOARD.md", leaderboard(records))
 
 
+# ---- check
 def check() -> list[str]:
-    """What is wrong with the records, the page and the pictures: a line each."""
+    """What is wrong with the records, the page and the images: one line each."""
     from PIL import Image
 
     problems = []
     if train_llm.evaluation_sha256() not in accepted_evaluations():
         problems.append(
-            "train_llm.py: evaluate() is not one that docs/records/evaluations.json lists: the evaluation is fixed"
+            f"train_llm.py: evaluate() has hash {train_llm.evaluation_sha256()}, which "
+            "docs/records/evaluations.json does not list; the evaluation is fixed"
         )
-    for folder in sorted((DOCS / "records").glob("[!.]*")):
-        if folder.is_dir():
-            try:
-                record = load_record(folder)
-                if (folder / "README.md").read_text() != readme(record.said):
-                    problems.append(f"{folder}/README.md is not what its record makes")
-            except (UserError, OSError) as error:
-                problems.append(str(error))
+    for folder in record_folders():
+        try:
+            record = load_record(folder)
+            if (folder / "README.md").read_text() != readme(record.metadata):
+                problems.append(f"{folder}/README.md is stale; run python -m tools.record publish")
+        except (UserError, OSError) as error:
+            problems.append(str(error))
     if problems:
         return problems
     records = all_records()
     for i, record in enumerate(records):
         try:
-            check_first(record, records[:i])
+            check_rank(record, records[:i])
         except UserError as error:
             problems.append(str(error))
-    if not (DOCS / "LEADERBOARD.md").exists() or (
-        DOCS / "LEADERBOARD.md"
-    ).read_text() != leaderboard(records):
-        problems.append(
-            "docs/LEADERBOARD.md is not what the records make: run python -m tools.record publish"
-        )
+    page = DOCS / "LEADERBOARD.md"
+    if not page.exists() or page.read_text() != leaderboard(records):
+        problems.append(f"{page} is stale; run python -m tools.record publish")
     for tokens in sorted({r.tokens for r in records}):
-        drawn = digest_of(curves([r for r in records if r.tokens == tokens]))
-        if (
-            not picture(tokens).exists()
-            or Image.open(picture(tokens)).text.get("Description") != drawn
-        ):
-            problems.append(
-                f"{picture(tokens)} does not show its records: run python -m tools.record publish"
-            )
+        group = [r for r in records if r.tokens == tokens]
+        path, digest = image_path(tokens), digest_of(curves(group))
+        if not path.exists() or Image.open(path).text.get("Description") != digest:
+            problems.append(f"{path} is stale; run python -m tools.record publish")
     return problems

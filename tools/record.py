@@ -1,10 +1,11 @@
-"""The leaderboard: several seeds of a recipe, the comparison of two, and the record that a better one makes.
+"""Train several seeds of a recipe, compare two recipes, and submit an improvement as a record.
 
 python -m tools.record trials --run base --seeds 5 --tokens 8M
 python -m tools.record compare 'runs/base-seed*' -- 'runs/new-seed*'
-python -m tools.record submit short-cooldown --baseline 'runs/base-seed*' --runs 'runs/new-seed*' --note "cooldown 0.4"
-python -m tools.record check      # do all records, the page and its pictures hold?
-python -m tools.record publish    # make page and pictures anew, after a merge say
+python -m tools.record submit short-cooldown --baseline 'runs/base-seed*' \\
+    --runs 'runs/new-seed*' --note "cooldown over 0.4 of the run"
+python -m tools.record check      # verify all records, the leaderboard and its images
+python -m tools.record publish    # regenerate the leaderboard and its images, e.g. after a merge
 """
 
 import argparse
@@ -19,22 +20,22 @@ from dataclasses import dataclass
 from datetime import date
 
 import train_llm
-from common import RUNS, UserError, git_state, load_config, run_script, stop, write_text
+from common.config import RUNS, UserError, load_config, run_script, stop
+from common.run import git_state, write_text
 from tools import leaderboard
 from tools.leaderboard import (
     DOCS,
     Record,
     all_records,
-    check_first,
+    check_rank,
     copy_trials,
     derive,
-    publish,
     readme,
+    store_baseline,
 )
 from tools.trials import (
     changed_settings,
-    check_pair,
-    check_side,
+    check_sides,
     comparison_table,
     lines_of_code,
     load_trials,
@@ -43,189 +44,186 @@ from tools.trials import (
     verdict,
 )
 
+# The code of a recipe, as git pathspecs; the last line is for commits before common/ was a package.
+RECIPE = ["train_llm.py", "model.py", "muon.py", "common", "data", "configs/llm_*.yaml"]
+RECIPE += [f":(exclude)data/{name}.py" for name in ("images", "shapes", "captions")]
+RECIPE += ["common.py", "metrics.py", "cross_entropy.py"]
+
 
 @dataclass
 class TrialsConfig(train_llm.Config):
-    """Settings of the trials: the number of seeds, and all of train_llm.py."""
+    """Settings of `trials`: the number of seeds, and every setting of train_llm.py."""
 
     seeds: int = 5
-    """Trials to make, with seeds 0 to N - 1."""
+    """Number of trials; they take the seeds 0 to N - 1."""
 
 
 def trials(argv: list[str]) -> None:
-    """Train a config once a seed, in one process, as runs/NAME-seed0, -seed1, ...; finished ones stay. Raises UserError."""
-    cfg = load_config(TrialsConfig, argv)
+    """Train one run per seed in one process: runs/NAME-seed0, -seed1, ... Raises UserError.
+
+    Finished trials are kept and interrupted ones are resumed.
+    """
+    cfg = load_config(
+        TrialsConfig,
+        argv,
+        prog="python -m tools.record trials",
+        description="Train one run per seed; the same command resumes after an interruption.",
+    )
     if cfg.run == "auto":
-        raise UserError("trials need a name: --run NAME makes runs/NAME-seed0 and so on")
+        raise UserError("trials need a name; pass --run NAME to make runs/NAME-seed0 and so on")
     if cfg.seed or cfg.resume:
         raise UserError(
-            "trials take seeds 0 to N - 1 and go on by themselves: leave --seed and --resume away, give --seeds N"
+            "trials take the seeds 0 to N - 1 and resume by themselves; "
+            "omit --seed and --resume, and set --seeds N"
         )
     if cfg.seeds < 1:
-        raise UserError(f"--seeds is {cfg.seeds}: it must be positive")
-    base, code = (
-        {f.name: getattr(cfg, f.name) for f in dataclasses.fields(train_llm.Config)},
-        git_state(),
-    )
+        raise UserError(f"--seeds is {cfg.seeds}; it must be positive")
+    code = git_state()
     names = [f"{cfg.run}-seed{seed}" for seed in range(cfg.seeds)]
     for name in names:
         env = RUNS / name / "env.json"
         if env.exists() and json.loads(env.read_text()).get("code_sha256") != code["code_sha256"]:
             raise UserError(
-                f"{RUNS / name} was made by other code than this: choose another --run, or delete that one"
+                f"{RUNS / name} was made by different code; choose another --run or delete it"
             )
     if code["dirty"] or not code["commit"]:
-        print(
-            "the code is not committed: fine to compare, but `submit` will need trials of a commit",
-            flush=True,
-        )
+        print("uncommitted code: `compare` accepts these trials, `submit` will not", flush=True)
+    settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(train_llm.Config)}
     for seed, name in enumerate(names):
         print(f"trial {seed + 1} of {cfg.seeds}", flush=True)
+        changes = {"run": name, "seed": seed, "resume": (RUNS / name).exists()}
         try:
-            train_llm.main(
-                train_llm.Config(
-                    **copy.deepcopy(base)
-                    | {"run": name, "seed": seed, "resume": (RUNS / name).exists()}
-                )
-            )
-        except SystemExit as end:
-            stop(
-                f"trial {seed + 1} of {cfg.seeds} stopped: the same `trials` command goes on",
-                end.code,
-            )
-        gc.collect()  # the trial's model, before the next one is made
-        for done in names[: seed + 1]:
-            write_text(
-                RUNS / done / "trials.json", json.dumps({"seeds": cfg.seeds})
-            )  # so that none can be left out later
+            train_llm.main(train_llm.Config(**copy.deepcopy(settings) | changes))
+        except SystemExit as error:
+            message = f"trial {seed + 1} of {cfg.seeds} stopped; repeat this command to resume it"
+            stop(message, error.code)
+        gc.collect()  # free this trial's model before the next one is made
+        for finished in names[: seed + 1]:  # the number of seeds, so that none can be left out
+            write_text(RUNS / finished / "trials.json", json.dumps({"seeds": cfg.seeds}))
     text = trials_table(load_trials([RUNS / name for name in names]))
-    (RUNS / f"{cfg.run}-trials.md").write_text(text)
+    write_text(RUNS / f"{cfg.run}-trials.md", text)
     print(f"\n{text}", flush=True)
 
 
 def compare(argv: list[str]) -> None:
-    """Show both sides and the verdict. Raises UserError."""
+    """Print the statistics of both sides, the verdict and what changed. Raises UserError."""
     if argv.count("--") != 1 or "--" in (argv[0], argv[-1]):
-        raise UserError(
-            "compare takes run folders or patterns on both sides of `--`: compare BASE... -- NEW..."
-        )
+        raise UserError("compare needs run folders on both sides of `--`: BASE... -- NEW...")
     middle = argv.index("--")
     base, new = load_trials(argv[:middle]), load_trials(argv[middle + 1 :])
-    check_pair(base, new)
+    check_sides(base, new)
     print(comparison_table(statistics_of(base, new)))
     for key, (before, after) in changed_settings(base[0], new[0]).items():
         print(f"{key}: {before} -> {after}")
     if any(trial.summary["dirty"] or not trial.summary["commit"] for trial in (*base, *new)):
-        print("lines of code: not known, some trials ran code that is in no commit")
+        print("lines of code: unknown, because some trials ran uncommitted code")
     else:
         lines = lines_of_code(patch_between(base[0].summary["commit"], new[0].summary["commit"]))
         print(f"lines of code: {lines['added']} added, {lines['removed']} removed")
 
 
 def patch_between(before: str, after: str) -> str:
-    """What a recipe's code changes. Raises UserError where a commit is not in this checkout."""
-    command = ["git", "diff", before, after, "--", "*.py", "configs", "requirements.txt"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    """The changes to recipe code between two commits. Raises UserError if a commit is missing."""
+    command = ["git", "diff", before, after, "--", *RECIPE]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        reason = process.stderr.strip().splitlines()[0]
         raise UserError(
-            f"no difference between commits {before[:12]} and {after[:12]}: {done.stderr.strip().splitlines()[0]}"
+            f"cannot compare commits {before[:12]} and {after[:12]} ({reason}); fetch both"
         )
-    return done.stdout
+    return process.stdout
 
 
-def submit(argv: list[str]) -> None:
-    """Write docs/records/DATE-NAME and the pages that follow from it, or nothing. Raises UserError."""
+def submit_options(argv: list[str]) -> argparse.Namespace:
+    """The checked command line of `submit`. Raises UserError."""
     parser = argparse.ArgumentParser(
-        prog="record.py submit",
+        prog="python -m tools.record submit",
         allow_abbrev=False,
-        description="Write docs/records/DATE-NAME and the leaderboard, or nothing.",
+        description="Write docs/records/DATE-NAME and the leaderboard; on error, write nothing.",
     )
     parser.error = lambda message: stop(f"submit: {message}", 2)
-    parser.add_argument("name", help="of the record: letters, digits, '.', '-'")
+    runs = "run folders or glob patterns"
+    parser.add_argument("name", help="name of the record: letters, digits, '.' and '-'")
     parser.add_argument(
         "--baseline",
         nargs="+",
         default=[],
-        help="run folders or patterns; only a table's first record has none",
+        help=f"{runs} of the baseline; omit only for the first record of a table",
     )
-    parser.add_argument("--runs", nargs="+", required=True, help="run folders or patterns")
-    parser.add_argument("--note", required=True, help="what changed, in a sentence")
-    parser.add_argument("--who", help="name for the table (default: git's user.name)")
-    cfg = parser.parse_args(argv)
-    who = (
-        cfg.who
-        or subprocess.run(
-            ["git", "config", "user.name"], capture_output=True, text=True
-        ).stdout.strip()
-    )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", cfg.name):
-        raise UserError(f"{cfg.name!r} is no name for a record: use letters, digits, '.', '-'")
-    for option, text in (("who", who), ("note", cfg.note)):
+    parser.add_argument("--runs", nargs="+", required=True, help=f"{runs} of the new recipe")
+    parser.add_argument("--note", required=True, help="what changed, in one sentence")
+    parser.add_argument("--who", help="your name in the leaderboard (default: git's user.name)")
+    options = parser.parse_args(argv)
+    if not options.who:
+        command = ["git", "config", "user.name"]
+        options.who = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", options.name):
+        raise UserError(f"{options.name!r} is not a record name; use letters, digits, '.' and '-'")
+    for key in ("who", "note"):
+        text = getattr(options, key)
         if not text.strip() or "\n" in text:
-            raise UserError(f"--{option} {text!r}: it must be a line of text")
-    records, today = all_records(), date.today().isoformat()
-    if taken := [r.folder for r in records if r.said["name"] == cfg.name]:
-        raise UserError(f"{taken[0]} exists: choose another name")
-    new, base = load_trials(cfg.runs), load_trials(cfg.baseline) if cfg.baseline else []
-    check_pair(base, new) if base else check_side(new)
-    folder = DOCS / "records" / f"{today}-{cfg.name}"
+            raise UserError(f"--{key} is {text!r}; it must be one line of text")
+    return options
+
+
+def submit(argv: list[str]) -> None:
+    """Write docs/records/DATE-NAME and the pages made from it, or nothing. Raises UserError."""
+    options, today = submit_options(argv), date.today().isoformat()
+    records = all_records()
+    for record in records:
+        if record.metadata["name"] == options.name:
+            raise UserError(f"{record.folder} exists; choose another name")
+    new, base = load_trials(options.runs), load_trials(options.baseline)
+    check_sides(base, new)
+    folder = DOCS / "records" / f"{today}-{options.name}"
     draft = folder.with_name(f".{folder.name}.tmp")
     try:
         copy_trials(new, draft / "trials")
-        copy_trials(base, draft / "baseline")
-        patch = (
-            patch_between(base[0].summary["commit"], new[0].summary["commit"])
-            if base and new[0].summary["commit"]
-            else ""
-        )
+        source = store_baseline(base, draft / "baseline")
+        commits = [side[0].summary["commit"] for side in (base, new) if side]
+        patch = patch_between(*commits) if len(commits) == 2 and all(commits) else ""
         (draft / "diff.patch").write_text(patch)
-        said = {"name": cfg.name, "date": today, "who": who, "note": cfg.note}
-        said |= derive(draft, new, base)
-        record = Record(folder, said, new, base)
-        check_first(record, records)
-        if base and not said["statistics"]["improvement"]:
-            raise UserError(
-                f"no improvement: {verdict(said['statistics'])[1]}; docs/LOG.md is the place for it"
-            )
-        (draft / "record.json").write_text(json.dumps(said, indent=1) + "\n")
+        metadata = {"name": options.name, "date": today, "who": options.who, "note": options.note}
+        metadata |= derive(draft, new, base, source)
+        check_rank(Record(folder, metadata, new, base), records)
+        if base and not metadata["statistics"]["improvement"]:
+            reason = verdict(metadata["statistics"])[1]
+            raise UserError(f"no improvement: {reason}; describe it in docs/LOG.md instead")
+        (draft / "record.json").write_text(json.dumps(metadata, indent=1) + "\n")
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    publish(all_records())
-    print(
-        f"{folder} and docs/LEADERBOARD.md are written: commit both, and put this into the pull request\n\n{readme(said)}"
-    )
+    leaderboard.publish(all_records())
+    print(f"wrote {folder} and docs/LEADERBOARD.md; commit both and open a pull request with this")
+    print(f"text:\n\n{readme(metadata)}")
 
 
 def check(argv: list[str]) -> None:
-    """Whether records, page and pictures hold. Raises UserError."""
-    if problems := leaderboard.check():
+    """Verify records, page and images. Raises UserError."""
+    problems = leaderboard.check()
+    if problems:
         raise UserError("\nerror: ".join(problems))
-    print(f"{len(all_records())} records hold")
+    print(f"{len(all_records())} records are valid")
+
+
+def publish(argv: list[str]) -> None:
+    """Regenerate page, images and the README.md of each record. Raises UserError."""
+    leaderboard.publish(all_records())
 
 
 def main(argv: list[str]) -> None:
-    commands = {
-        "trials": trials,
-        "compare": compare,
-        "submit": submit,
-        "check": check,
-        "publish": lambda argv: publish(all_records()),
-    }
-    if (
-        not argv
-        or argv[0] in ("-h", "--help")
-        or argv[0] in ("compare", "check", "publish")
-        and {"-h", "--help"} & {*argv}
-    ):
+    commands = {f.__name__: f for f in (trials, compare, submit, check, publish)}
+    name, *rest = argv or ["--help"]
+    help_wanted = "-h" in rest or "--help" in rest
+    if name in ("-h", "--help") or (help_wanted and name in ("compare", "check", "publish")):
         print(__doc__)
         return
-    if argv[0] not in commands:
-        raise UserError(f"{argv[0]!r} is no command: use {', '.join(commands)}")
-    if argv[0] in ("check", "publish") and argv[1:]:
-        raise UserError(f"{argv[0]} takes nothing more, not {argv[1]!r}")
-    commands[argv[0]](argv[1:])
+    if name not in commands:
+        raise UserError(f"{name!r} is not a command; use {', '.join(commands)}")
+    if rest and name in ("check", "publish"):
+        raise UserError(f"{name} takes no arguments; omit {rest[0]!r}")
+    commands[name](rest)
 
 
 if __name__ == "__main__":
-    run_script(None, main)
+    run_script(main)

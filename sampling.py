@@ -1,0 +1,252 @@
+"""Text continuations and images from a trained run."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from tqdm import tqdm
+
+from common.config import UserError, build_from_saved, check_not_negative
+from common.device import resolve_device
+from common.run import find_run, load_checkpoint, write_text
+from data.text import end_of_text
+from model import KVCache, Llama, ModelConfig, sample
+from multimodal import ImageTextFormat
+from vqvae import VQVAE, VQVAEConfig
+
+
+# ---- loading
+@dataclass
+class LoadedRun:
+    """A run's model and what belongs to it; vqvae and format are None for a language model."""
+
+    run: Path
+    config: dict
+    model: Llama
+    tokenizer: transformers.PreTrainedTokenizerFast
+    vqvae: VQVAE | None = None
+    format: ImageTextFormat | None = None
+
+
+def load_run(name: str, cfg) -> LoadedRun:
+    """A language-model or multimodal run (name, folder or checkpoint) on cfg.device.
+
+    Raises UserError.
+    """
+    run, checkpoint, config = find_run(name)
+    if config["stage"] == "vqvae":
+        raise UserError(
+            f"{run} is a VQ-VAE run, which cannot generate by itself; pass a run of train_llm.py "
+            f"or of train_multimodal.py --vqvae {run.name}"
+        )
+    device = resolve_device(cfg)
+    shape = build_from_saved(ModelConfig, config["model"], run)
+    model = Llama(shape, compute_dtype=getattr(torch, cfg.dtype))
+    load_checkpoint(checkpoint, model)
+    model = model.fold_subwords().to(device).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "tokenizer")
+    loaded = LoadedRun(run, config, model, tokenizer)
+    if config["stage"] == "multimodal":
+        loaded.vqvae = load_vqvae(str(run / "vqvae"), device, model.compute_dtype)
+        loaded.format = ImageTextFormat(tokenizer, loaded.vqvae.config, model.config)
+    return loaded
+
+
+def load_vqvae(name: str, device: torch.device, dtype: torch.dtype) -> VQVAE:
+    """The frozen VQ-VAE of a train_vqvae.py run. Raises UserError."""
+    run, checkpoint, config = find_run(name)
+    if config["stage"] != "vqvae":
+        raise UserError(f"{run} is not a train_vqvae.py run; pass one with --vqvae")
+    vqvae = VQVAE(build_from_saved(VQVAEConfig, config["model"], run), compute_dtype=dtype)
+    load_checkpoint(checkpoint, vqvae)
+    return vqvae.to(device).eval().requires_grad_(False)
+
+
+# ---- text
+def generate_text(
+    model: Llama,
+    tokenizer,
+    prompt: str,
+    n: int,
+    *,
+    seed: int,
+    max_tokens: int,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    out=None,
+) -> list[str]:
+    """n continuations of a prompt, each ended by end-of-text or after max_tokens.
+
+    Prompt and first continuation are streamed to the file `out`. Only complete characters are
+    written; bytes that do not form one are dropped. Raises UserError if the prompt is too long.
+    """
+    eot, seq_len = end_of_text(tokenizer), model.config.seq_len
+    ids = [eot, *tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]]
+    if len(ids) > seq_len:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, but the model's context is {seq_len}; shorten it"
+        )
+    if out:
+        print(prompt, end="", flush=True, file=out)
+    device = model.embed.weight.device
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
+    decoders = [DecodeStream(skip_special_tokens=True) for _ in range(n)]
+    texts, ended = [""] * n, [False] * n
+    for tokens in model.generate(
+        torch.tensor([ids] * n, device=device),  # (n, T)
+        max_tokens,
+        generators=generators,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        vocab_slice=slice(len(tokenizer)),
+    ):
+        for i, token in enumerate(tokens.tolist()):
+            ended[i] = ended[i] or token == eot
+            if ended[i]:
+                continue
+            piece = decoders[i].step(tokenizer.backend_tokenizer, token) or ""
+            piece = piece.replace("\ufffd", "")
+            texts[i] += piece
+            if out and i == 0:
+                print(piece, end="", flush=True, file=out)
+        if all(ended):
+            break
+    return texts
+
+
+def write_text_samples(
+    path: Path, model: Llama, tokenizer, prompts: list[str], max_tokens: int, seed: int
+) -> None:
+    """Write every prompt with a continuation sampled at temperature 0.8 to a file."""
+    settings = {"seed": seed, "max_tokens": max_tokens, "temperature": 0.8}
+    texts = [generate_text(model, tokenizer, prompt, 1, **settings)[0] for prompt in prompts]
+    write_text(path, "\n".join(numbered(prompts, texts)) + "\n")
+
+
+def numbered(prompts: list[str], texts: list[str]) -> Iterator[str]:
+    """Each prompt and its continuation under a line with its number."""
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
+        yield f"--- {i}/{len(texts)}\n{prompt}{text}"
+
+
+# ---- images
+@torch.no_grad()
+def sample_image_tokens(
+    model: Llama,
+    fmt: ImageTextFormat,
+    prompts: list[list[int]],
+    seeds: list[int],
+    *,
+    guidance: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    on_token: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Image tokens (B, N), counted from 0, for B prompts of one length.
+
+    Image i depends on seeds[i] alone. With classifier-free guidance other than 1, an empty prompt
+    runs beside each prompt in the same batch and log-probabilities are
+    uncond + guidance * (cond - uncond) (arXiv 2207.12598). `on_token` is called after each token.
+    """
+    B, N, device = len(prompts), fmt.n_image_tokens, model.embed.weight.device
+    guided = guidance != 1
+    halves = [prompts, [fmt.uncond(prompt) for prompt in prompts]] if guided else [prompts]
+    tokens = torch.tensor([prompt for half in halves for prompt in half], device=device)
+    rows, n = tokens.shape  # rows: B, or 2B with guidance
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniforms = torch.stack([torch.rand(N, generator=g) for g in generators]).to(device)  # (B, N)
+    starts = torch.full((rows,), n - 1, device=device)
+    position_ids, target_positions = fmt.position_ids(starts, n + N)
+    cache = KVCache(model.config, rows, n + N, device, model.compute_dtype)
+    codes = torch.empty(B, N, dtype=torch.long, device=device)
+    for i in range(N):
+        new = slice(cache.length, cache.length + tokens.shape[1])
+        hidden = model.hidden(tokens, cache, position_ids[:, new], target_positions[:, new])
+        logits = model.head(hidden[:, -1], fmt.code_slice)  # (rows, codebook_size)
+        if guided:
+            cond, uncond = logits.log_softmax(-1).chunk(2)  # (B, codebook_size) each
+            logits = uncond + guidance * (cond - uncond)
+        codes[:, i] = sample(logits, uniforms[:, i], temperature, top_k, top_p)
+        tokens = (codes[:, i : i + 1] + fmt.first_code).repeat(len(halves), 1)  # (rows, 1)
+        on_token()
+    return codes
+
+
+def generate_images(
+    model: Llama,
+    vqvae: VQVAE,
+    fmt: ImageTextFormat,
+    captions: list[str],
+    seeds: list[int],
+    *,
+    guidance: float = 2.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    batch: int = 64,
+    truncate: bool = False,
+    progress: bool = False,
+) -> Tensor:
+    """An image for every caption, (B, 3, S, S) in [-1, 1].
+
+    Raises UserError for a caption that is too long, unless `truncate` is set.
+    """
+    prompts = [fmt.prompt(caption, truncate) for caption in captions]
+    device = model.embed.weight.device
+    codes = torch.empty(len(prompts), fmt.n_image_tokens, dtype=torch.long, device=device)
+    groups = equal_length_batches(prompts, batch)
+    settings = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    with tqdm(
+        total=len(groups) * fmt.n_image_tokens,
+        desc="generating",
+        unit="token",
+        leave=False,
+        disable=not (progress and sys.stderr.isatty()),
+    ) as bar:
+        for group in groups:
+            codes[group] = sample_image_tokens(
+                model,
+                fmt,
+                [prompts[i] for i in group],
+                [seeds[i] for i in group],
+                on_token=bar.update,
+                **settings,
+            )
+    grids = codes.view(-1, fmt.grid, fmt.grid)  # (B, G, G)
+    return torch.cat([vqvae.decode(part) for part in grids.split(batch)])
+
+
+def equal_length_batches(prompts: list[list[int]], batch: int) -> list[list[int]]:
+    """Indices of prompts in batches of at most `batch`, all of one length within a batch."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        same_length = groups and len(prompts[groups[-1][0]]) == len(prompts[i])
+        if not same_length or len(groups[-1]) == batch:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+# ---- settings
+def resolve_sampling(cfg, loaded: LoadedRun) -> None:
+    """Replace `auto` in the settings for images by the run's own values. Raises UserError."""
+    for name in ("guidance", "temperature", "top_p"):
+        if getattr(cfg, name) == "auto":
+            setattr(cfg, name, loaded.config[name])
+    check_sampling(cfg)
+    check_not_negative(cfg, "guidance")
+
+
+def check_sampling(cfg) -> None:
+    """Raises UserError for sampling settings out of range."""
+    check_not_negative(cfg, "temperature", "top_k")
+    if not 0 < cfg.top_p <= 1:
+        raise UserError(f"--top_p is {cfg.top_p}; it must be above 0 and at most 1")

@@ -1,0 +1,129 @@
+import math
+from pathlib import Path
+
+import pytest
+from helpers import flags_of, train_stage
+from PIL import Image
+
+import common.loop
+import train_vqvae
+from common.config import UserError, load_config
+from common.metrics import read_metrics
+
+LARGER = {"images": 2400, "probe_steps": 50, "model__codebook_size": 64, "model__width": 24}
+
+
+def train(**changes) -> dict:
+    return train_stage(train_vqvae, **changes)
+
+
+@pytest.fixture(scope="module")
+def larger_run(tmp_path_factory):
+    """The working directory and the summary of a run of 300 steps, runs/whole."""
+    folder = tmp_path_factory.mktemp("larger")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, train(run="whole", **LARGER)
+
+
+def test_training_beats_the_palette(larger_run):
+    _, summary = larger_run
+    assert summary["val_psnr"] > summary["palette_psnr"] + 0.5
+
+
+def test_training_keeps_the_codebook_in_use(larger_run):
+    _, summary = larger_run
+    assert summary["codes_used"] > 40  # of 64
+
+
+def test_trained_codes_are_more_predictable_than_uniform_ones(larger_run):
+    _, summary = larger_run
+    assert 0 < summary["probe_nats"] < math.log(64)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["val_loss", "val_psnr_p5", "val_ssim", "code_perplexity"]
+    + ["params", "images_per_second", "device"],
+)
+def test_summary_has_the_key(larger_run, key):
+    _, summary = larger_run
+    assert key in summary
+
+
+def test_run_folder_has_the_loss_curve(larger_run):
+    folder, _ = larger_run
+    assert (folder / "runs/whole/loss.png").exists()
+
+
+def test_sample_shows_images_in_a_row_above_their_reconstructions(larger_run):
+    folder, _ = larger_run
+    sample = Image.open(folder / "runs/whole/samples/0000300.png")
+    assert sample.width > 12 * 32
+    assert 2 * 32 < sample.height < 3 * 32
+
+
+def stop_after_one_step(monkeypatch) -> None:
+    """Let the next training loop find SIGINT (exit code 130) after its first step."""
+    enter = common.loop.Interrupt.__enter__
+
+    def interrupted(self):
+        enter(self)
+        self.code = 130
+        return self
+
+    monkeypatch.setattr(common.loop.Interrupt, "__enter__", interrupted)
+
+
+def test_run_resumes_bit_for_bit(larger_run, monkeypatch):
+    folder, summary = larger_run
+    monkeypatch.chdir(folder)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        stop_after_one_step(patch)
+        train(run="cut", **LARGER)
+    assert stopped.value.code == 130
+    assert [path.name for path in Path("runs/cut/checkpoints").iterdir()] == ["0000001"]
+    resumed = train(run="cut", resume="true", **LARGER)
+    assert read_metrics(Path("runs/cut")) == read_metrics(Path("runs/whole"))
+    assert resumed["val_psnr"] == summary["val_psnr"]
+
+
+def red_images(n: int) -> None:
+    """Write n images of one color to red/LABEL/*.png."""
+    for i in range(n):
+        path = Path("red") / "abc"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (200, 30, 30)).save(path)
+
+
+def test_collapsed_codebook_prints_a_warning(workdir, capsys):
+    red_images(40)
+    train(run="red", images=160, data__source="red", data__val_source="red")
+    assert "warning: only 1 of 16 codes are in use" in capsys.readouterr().out
+
+
+def test_healthy_codebook_prints_no_warning(workdir, capsys):
+    assert train(run="shapes", images=160)["codes_used"] > 8  # of 16
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--model.image_size=30", "not divisible by model.downsample 4; set it to 28"),
+        ("--model.code_dim=2", "model.code_dim is 2; it must be at least 3"),
+        ("--crop=6", "--crop is 6; it must be a multiple of --model.downsample 4"),
+        ("--crop=36", "at most --model.image_size 32"),
+        ("--images=3", "--images 3 is less than one step of --batch_images 8"),
+        ("--micro_batch=3", "--micro_batch 3 does not divide --batch_images 8"),
+        ("--data.source=./none", "data source ./none is neither a folder nor a .parquet file"),
+        ("--data.source=none.parquet", "data source none.parquet is neither a folder"),
+        ("--model.codebook_size=20000", "fewer than --model.codebook_size 20000"),
+    ],
+)
+def test_invalid_setting_is_a_one_line_error_and_starts_no_run(workdir, flag, message):
+    with pytest.raises(UserError) as error:
+        train_vqvae.main(load_config(train_vqvae.Config, [*flags_of(train_vqvae, run="new"), flag]))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path("runs/new").exists()
