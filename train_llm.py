@@ -30,7 +30,6 @@ from common.loop import (
     clipped_norm,
     finished_summary,
     print_setup,
-    ramp,
     resolve_steps,
     restored,
     set_lr,
@@ -82,9 +81,6 @@ class Config(RunConfig):
     """Fraction of the budget, at the end, over which the learning rate falls."""
     lr_floor: float = 0.02
     """Final learning rate as a fraction of the peak."""
-    momentum_warmup_frac: float | Literal["auto"] = "auto"
-    """Fraction of the budget over which Muon's momentum rises from 0.85 to 0.95. auto: 0.15, at
-    most 300 steps."""
     grad_clip: float = 0.0
     """Maximum norm of the gradient. 0: no clipping."""
     eval_tokens: HumanInt = HumanInt("1M")
@@ -129,8 +125,6 @@ def resolve_recipe(cfg: Config) -> int:
         cfg.adamw_lr = 0.006 * min(1.0, 20e6 / cfg.tokens) ** (1 / 3)
     if cfg.adamw_beta2 == "auto":
         cfg.adamw_beta2 = 0.5 ** (cfg.batch_tokens / min(5e6, cfg.tokens / 8))
-    if cfg.momentum_warmup_frac == "auto":
-        cfg.momentum_warmup_frac = min(0.15, 300 / steps)
     check_positive(cfg, "muon_lr", "adamw_lr")
     check_not_negative(cfg, "muon_wd")
     check_fractions(cfg, "lr_floor", "adamw_beta2")
@@ -266,7 +260,7 @@ def main(cfg: Config) -> dict:
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
 
     # ---- optimizers
-    muon, _ = optimizers = build_optimizers(
+    optimizers = build_optimizers(
         model,
         muon_lr=cfg.muon_lr,
         muon_wd=cfg.muon_wd,
@@ -280,7 +274,9 @@ def main(cfg: Config) -> dict:
     # ---- resume
     state = resume(run, model, optimizers)
     first, clock = state["step"], Clock(device, state["train_seconds"])
-    describe(cfg, run, first, model, muon, train, val, val_windows, steps * batch / n_windows)
+    describe(
+        cfg, run, first, model, optimizers[0], train, val, val_windows, steps * batch / n_windows
+    )
     warn_if_slow(model, (steps - first) * cfg.batch_tokens, device)
 
     # ---- warm-up
@@ -314,8 +310,6 @@ def main(cfg: Config) -> dict:
             progress = step / steps
             factor = trapezoid(progress, cfg.warmup_frac, cfg.cooldown_frac, cfg.lr_floor)
             set_lr(optimizers, factor)
-            for group in muon.param_groups:
-                group["momentum"] = ramp(progress, 0.85, 0.95, cfg.momentum_warmup_frac)
             loss = backward(forward, windows, cfg.micro_batch)
             norm = clipped_norm(model, cfg.grad_clip)
             loss, norm = check_finite(run, step, "--muon_lr", loss, norm)

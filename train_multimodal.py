@@ -36,7 +36,6 @@ from common.loop import (
     clipped_norm,
     finished_summary,
     print_setup,
-    ramp,
     resolve_steps,
     restored,
     set_lr,
@@ -104,9 +103,6 @@ class Config(RunConfig):
     """Fraction of the budget, at the end, over which the learning rate falls."""
     lr_floor: float = 0.05
     """Final learning rate as a fraction of the peak."""
-    momentum_warmup_frac: float | Literal["auto"] = "auto"
-    """Fraction of the budget over which Muon's momentum rises from 0.85 to 0.95. auto: 0.15, at
-    most 300 steps."""
     eval_every: float = 0.1
     """Fraction of the budget between evaluations. 0: evaluate only at the end."""
     eval_sequences: int = 500
@@ -161,8 +157,6 @@ def resolve_recipe(cfg: Config) -> tuple[int, int]:
         )
     if cfg.muon_wd == "auto":
         cfg.muon_wd = min(4 / steps, 0.02) / cfg.muon_lr
-    if cfg.momentum_warmup_frac == "auto":
-        cfg.momentum_warmup_frac = min(0.15, 300 / steps)
     check_not_negative(cfg, "muon_wd")
     return steps, n_text
 
@@ -474,7 +468,7 @@ def main(cfg: Config) -> dict:
     copy_vqvae(vqvae_checkpoint, run)
 
     # ---- optimizers
-    muon, _ = optimizers = build_optimizers(
+    optimizers = build_optimizers(
         model,
         muon_lr=cfg.muon_lr,
         muon_wd=cfg.muon_wd,
@@ -527,8 +521,6 @@ def main(cfg: Config) -> dict:
             progress = step / steps
             factor = trapezoid(progress, cfg.warmup_frac, cfg.cooldown_frac, cfg.lr_floor)
             set_lr(optimizers, factor)
-            for group in muon.param_groups:
-                group["momentum"] = ramp(progress, 0.85, 0.95, cfg.momentum_warmup_frac)
             tokens, starts = fmt.sequences(batch_prompts, images.tokens(content))
             sequences = tuple(t.to(device) for t in (tokens, starts, has_caption))
             windows = windows.to(device) if n_text else None

@@ -50,11 +50,6 @@ def trapezoid(progress: float, warmup: float, cooldown: float, floor: float) -> 
     return min(1.0, rise, fall)
 
 
-def ramp(progress: float, start: float, end: float, length: float) -> float:
-    """Linear from start to end over the first `length` of the budget, then end."""
-    return start + (end - start) * min(1.0, progress / length) if length else end
-
-
 def milestones(steps: int, fraction: float) -> set[int]:
     """The steps that complete a multiple of `fraction` of the budget, and the last step."""
     count = int(1 / fraction) if fraction else 0
