@@ -40,13 +40,15 @@ class ImageTextFormat:
                 f"markers and the {codes.codebook_size} codes of the VQ-VAE need "
                 f"{self.vocab_size}; set it to {self.vocab_size} or choose another --vqvae"
             )
-        fits = model.n_image_positions == self.n_image_tokens
-        if not fits or not 1 <= self.caption_tokens <= 256:
+        if model.n_image_positions != self.n_image_tokens:
             raise UserError(
-                f"--model.n_image_positions {model.n_image_positions} and --model.seq_len "
-                f"{model.seq_len} do not fit the VQ-VAE's {self.grid} x {self.grid} grid; set "
-                f"n_image_positions to {self.n_image_tokens} and seq_len to "
-                f"{self.n_image_tokens + 4} plus the longest caption (1 to 256 tokens)"
+                f"--model.n_image_positions is {model.n_image_positions}, but the VQ-VAE has a "
+                f"{self.grid} x {self.grid} grid; set it to {self.n_image_tokens}"
+            )
+        if not 1 <= self.caption_tokens <= 256:
+            raise UserError(
+                f"--model.seq_len is {model.seq_len}; set it to {self.n_image_tokens + 4} plus the "
+                "length of the longest caption (1 to 256 tokens)"
             )
 
     def text_tokens(self, text: str) -> list[int]:

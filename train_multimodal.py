@@ -140,7 +140,7 @@ def resolve_recipe(cfg: Config) -> tuple[int, int]:
 
     Raises UserError.
     """
-    check_positive(cfg, "muon_lr", "adamw_lr", "eval_sequences")
+    check_positive(cfg, "muon_lr", "adamw_lr", "eval_sequences", "top_p")
     check_not_negative(cfg, "text_weight", "sample_n", "guidance", "temperature")
     check_fractions(cfg, "top_p", "text_frac", "caption_dropout", "adamw_beta2", "lr_floor")
     steps = resolve_steps(cfg, "sequences", "batch_sequences")

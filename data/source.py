@@ -191,5 +191,5 @@ def file_stats(files: Iterable[str | Path]) -> list[tuple[str, int, int]]:
 
 
 def first_line(error: Exception) -> str:
-    """First line of an exception's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """First line of an exception's message without its period, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].removesuffix(".")

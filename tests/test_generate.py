@@ -3,111 +3,157 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script, train
+from helpers import script, sentences, train, write_jsonl
 
 import generate
-from common import UserError, load_config
+from common.config import UserError, load_config
+from sampling import generate_text, load_run
 
 
-@pytest.fixture
-def run(workdir):
-    train(run="a", tokens=6400)
-    return "a"
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A working directory with a language-model run of 50 steps, runs/a."""
+    folder = tmp_path_factory.mktemp("generate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_jsonl("corpus.jsonl", sentences(300))
+        train(run="a", tokens=6400)
+    return folder
 
 
-def write(*args: str) -> list[str]:
+@pytest.fixture(autouse=True)
+def in_workspace(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+
+
+def text_of(*args: str) -> list[str]:
+    """Continuations that generate.py returns."""
     return generate.main(load_config(generate.Config, list(args)))
 
 
-def test_text_from_name_folder_and_checkpoint_is_the_same(run, capsys):
-    Path(run).mkdir()  # a folder of data, say: the run of that name goes first
-    texts = write(run, "--prompt", "a fox", "--max_tokens", "20")
-    out = capsys.readouterr().out
-    assert out == f"a fox{texts[0]}\n" and len(texts[0]) > 10  # streamed, and nothing else printed
-    for place in ("runs/a", "runs/a/checkpoints/0000050"):
-        assert write(place, "--prompt", "a fox", "--max_tokens", "20") == texts
-    assert write("--prompt", "a fox", "--max_tokens", "20") == texts  # the newest run
-    early, late = (
-        generate.load_run(place, load_config(generate.Config, [place])).model
-        for place in ("runs/a/checkpoints/0000045", "a")
-    )
+def load(name: str):
+    return load_run(name, load_config(generate.Config, [name]))
+
+
+# ---- finding the run
+@pytest.mark.parametrize("place", ["runs/a", "runs/a/checkpoints/0000050", ""])
+def test_folder_checkpoint_and_newest_run_give_the_text_of_the_name(place):
+    settings = ("--prompt", "a fox", "--max_tokens", "20")
+    assert text_of(*filter(None, [place]), *settings) == text_of("a", *settings)
+
+
+def test_run_takes_precedence_over_a_folder_of_the_same_name(tmp_path, workspace, monkeypatch):
+    settings = ("a", "--prompt", "a fox", "--max_tokens", "20")
+    expected = text_of(*settings)
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to(workspace / "runs")
+    Path("a").mkdir()
+    assert text_of(*settings) == expected
+
+
+def test_checkpoint_has_the_weights_of_its_step():
+    early, late = load("runs/a/checkpoints/0000045").model, load("a").model
     assert not torch.equal(early.embed.weight, late.embed.weight)
 
 
-def test_continuation_i_does_not_depend_on_how_many_there_are(run, capsys):
-    four = write(run, "--prompt", "a fox", "--n", "4", "--max_tokens", "20", "--temperature", "1")
-    assert (
-        len(set(four)) > 1
-        and write(run, "--prompt", "a fox", "--n", "2", "--max_tokens", "20", "--temperature", "1")
-        == four[:2]
-    )
-    assert (
-        write(run, "--prompt", "a fox", "--seed", "2", "--max_tokens", "20", "--temperature", "1")
-        == four[2:3]
-    )
-    assert "--- 4/4\na fox" in capsys.readouterr().out
+# ---- output
+def test_single_continuation_is_printed_after_its_prompt_and_nothing_else(capsys):
+    (text,) = text_of("a", "--prompt", "a fox", "--max_tokens", "20")
+    assert len(text) > 10
+    assert capsys.readouterr().out == f"a fox{text}\n"
 
 
-def test_prompt_from_file_and_standard_input(run):
+def test_several_continuations_are_printed_under_numbers(capsys):
+    texts = text_of("a", "--prompt", "a fox", "--n", "2", "--max_tokens", "20")
+    expected = f"--- 1/2\na fox{texts[0]}\n--- 2/2\na fox{texts[1]}\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_continuations_of_one_prompt_differ_and_do_not_depend_on_n_or_their_place():
+    settings = ("a", "--prompt", "a fox", "--max_tokens", "20", "--temperature", "1")
+    four = text_of(*settings, "--n", "4")
+    assert len(set(four)) > 1
+    assert text_of(*settings, "--n", "2") == four[:2]
+    assert text_of(*settings, "--seed", "2") == four[2:3]
+
+
+# ---- prompts
+@pytest.mark.parametrize(
+    "args, stdin",
+    [(["--prompt", "FILE:p.txt"], None), ([], "the Bär\n")],
+    ids=["from a file", "from standard input"],
+)
+def test_prompt_can_come_from_elsewhere(args, stdin):
     Path("p.txt").write_text("the Bär\n")
-    expected = (
-        "the Bär"
-        + write(run, "--prompt", "the Bär", "--temperature", "0", "--max_tokens", "9")[0]
-        + "\n"
-    )
-    for args, stdin in ((["--prompt", "FILE:p.txt"], None), ([], "the Bär\n")):
-        done = script(
-            "generate.py", run, "--temperature", "0", "--max_tokens", "9", *args, input=stdin
-        )
-        assert (done.stdout, done.returncode) == (expected, 0), done.stderr
+    settings = ("a", "--temperature", "0", "--max_tokens", "9")
+    (text,) = text_of(*settings, "--prompt", "the Bär")
+    done = script("generate.py", *settings, *args, input=stdin)
+    assert (done.stdout, done.returncode) == (f"the Bär{text}\n", 0), done.stderr
 
 
-def test_characters_of_several_tokens_come_out_whole(run):
-    """This emoji is four byte tokens; one cut off at the end is dropped, and so is a stray byte."""
-    loaded = generate.load_run(run, load_config(generate.Config, [run]))
-    model, tokenizer = loaded.model, loaded.tokenizer
-    ids = tokenizer("x🐸y")["input_ids"]
-    assert len(ids) > 4
-    for cut, expected in ((ids, "x🐸y"), (ids[:-2], "x"), ([ids[0], ids[2], *ids[-1:]], "xy")):
-        model.generate = lambda prompt, *_, **__: iter([prompt.new_tensor([i]) for i in cut])
-        out = io.StringIO()
-        texts = generate.continuations(
-            model, tokenizer, "", 1, seed=0, max_tokens=9, temperature=1, out=out
-        )
-        assert texts == [expected] and out.getvalue() == expected
+def test_prompt_may_fill_the_context_with_its_end_of_text_token():
+    assert text_of("a", "--prompt", "q" * 31, "--max_tokens", "5") == [""]
 
 
-def test_end_of_text_ends_it(run):
-    loaded = generate.load_run(run, load_config(generate.Config, [run]))
-    model, tokenizer = loaded.model, loaded.tokenizer
-    a, b = tokenizer("ab")["input_ids"]
-    rows = [[a, a], [b, tokenizer.eos_token_id], [tokenizer.eos_token_id, b], [a, a]]
+def test_prompt_longer_than_the_context_is_refused():
+    with pytest.raises(UserError, match="33 tokens, but the model's context is 32; shorten it"):
+        text_of("a", "--prompt", "q" * 32)
+
+
+# ---- decoding
+def stub_generation(model, rows: list[list[int]]) -> None:
+    """Let the model generate these tokens, one row per position."""
     model.generate = lambda prompt, *_, **__: iter([prompt.new_tensor(row) for row in rows])
-    assert generate.continuations(model, tokenizer, "", 2, seed=0, max_tokens=9, temperature=1) == [
-        "ab",
-        "a",
-    ]
-
-
-def test_prompt_up_to_the_context_and_no_longer(run):
-    with pytest.raises(UserError, match="the model's context 32: shorten it"):
-        write(run, "--prompt", "q" * 32)  # and the end-of-text in front
-    write(run, "--prompt", "q" * 31, "--max_tokens", "5")
 
 
 @pytest.mark.parametrize(
-    "args, says",
+    "keep, expected",
     [
-        (["nobody"], "no run 'nobody'; the runs here are: a"),
-        (["a", "--n", "0"], "--n is 0"),
-        (["a", "--temperature", "-1"], "temperature -1.0"),
-        (["a", "--kind", "image"], "cannot draw"),
-        (["a", "--top_p", "0"], "top_p 0.0"),
-        (["a", "--prompt", "FILE:none.txt"], "none.txt"),
-        (["runs"], "has no checkpoint"),
+        (slice(None), "x🐸y"),
+        (slice(0, -2), "x"),  # the emoji is cut off
+        ([0, 2, -1], "xy"),  # a stray byte of the emoji
+    ],
+    ids=["whole", "cut off", "stray byte"],
+)
+def test_only_complete_characters_are_written(keep, expected):
+    loaded = load("a")
+    ids = torch.tensor(loaded.tokenizer("x🐸y")["input_ids"])
+    assert len(ids) > 4  # the emoji is several byte tokens
+    stub_generation(loaded.model, ids[keep][:, None].tolist())
+    out, settings = io.StringIO(), {"seed": 0, "max_tokens": 9, "temperature": 1}
+    texts = generate_text(loaded.model, loaded.tokenizer, "", 1, **settings, out=out)
+    assert texts == [expected]
+    assert out.getvalue() == expected
+
+
+def test_continuation_ends_at_end_of_text():
+    loaded = load("a")
+    a, b = loaded.tokenizer("ab")["input_ids"]
+    end = loaded.tokenizer.eos_token_id
+    stub_generation(loaded.model, [[a, a], [b, end], [end, b], [a, a]])
+    settings = {"seed": 0, "max_tokens": 9, "temperature": 1}
+    assert generate_text(loaded.model, loaded.tokenizer, "", 2, **settings) == ["ab", "a"]
+
+
+# ---- errors
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["nobody"], "there is no run 'nobody'; existing runs: a"),
+        (["runs"], "runs has no checkpoint; pass a run folder"),
+        (["a", "--n", "0"], "--n is 0; it must be positive"),
+        (["a", "--max_tokens", "0"], "--max_tokens is 0; it must be positive"),
+        (["a", "--temperature", "-1"], "--temperature is -1.0; it must not be negative"),
+        (["a", "--top_k", "-1"], "--top_k is -1; it must not be negative"),
+        (["a", "--top_p", "0"], "--top_p is 0.0; it must be above 0"),
+        (["a", "--kind", "image"], "runs/a is a language model and cannot generate images"),
+        (["a", "--out", "x.png"], "runs/a is a language model and cannot generate images"),
+        (["a", "--prompt", "FILE:none.txt"], "--prompt FILE:none.txt cannot be read"),
     ],
 )
-def test_bad_input_is_one_clear_line(run, args, says):
+def test_invalid_input_is_a_one_line_error(args, message):
+    prompt = [] if "--prompt" in args else ["--prompt", "x"]
     with pytest.raises(UserError) as error:
-        write(*args, *([] if "--prompt" in args else ["--prompt", "x"]))
-    assert says in str(error.value) and "\n" not in str(error.value)
+        text_of(*args, *prompt)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

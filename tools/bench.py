@@ -1,14 +1,18 @@
-"""Measure this code against others, side by side in one run.
+"""Measure this code against an alternative, alternating between both in one run.
 
-python -m tools.bench training       # tokens/s against transformers' Apertus of the same shape with AdamW
-python -m tools.bench extras         # tokens/s of training with what the default adds to a plain Llama, against without
-python -m tools.bench drawing        # visual words/s of the 40M model with a cache against without
-python -m tools.bench loss           # peak memory of the loss and its gradient against one full tensor of logits
+    python -m tools.bench training    # tokens/s against transformers' Apertus with AdamW
+    python -m tools.bench extras      # tokens/s with and without the default's additions to Llama
+    python -m tools.bench decoding    # image tokens/s of the 40M model with and without a KV cache
+    python -m tools.bench loss        # peak memory of the loss against one tensor of all logits
+
+Shapes: B batch, T positions, N positions of the loss, V vocabulary, C d_model.
 """
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,44 +20,39 @@ import torch
 import train_llm
 import train_multimodal
 import train_vqvae
-from common import (
-    Clock,
-    Count,
-    check_positive,
-    device_name,
-    peak_memory_gb,
-    resolve_device,
-    run_script,
-)
-from cross_entropy import ChunkedCrossEntropy
-from model import KVCache, Llama, ModelConfig
+from common.config import HumanInt, check_positive, run_script
+from common.device import Clock, device_name, peak_memory_gb, resolve_device
+from common.loop import update
+from model import ChunkedCrossEntropy, KVCache, Llama, ModelConfig
 from muon import build_optimizers
 
 
 @dataclass
 class Config:
-    """What to measure."""
+    """What to measure, and how."""
 
-    what: Literal["training", "extras", "drawing", "loss"]
-    """The speed of training, against another's or of our model without its extras, of drawing, or the memory of the loss."""
+    what: Literal["training", "extras", "decoding", "loss"]
+    """Measurement. training: speed against transformers; extras: speed with and without the
+    additions to a plain Llama; decoding: speed with and without a KV cache; loss: peak memory of
+    the loss and its gradient."""
     rounds: int = 5
-    """Times that each side is measured, by turns."""
+    """Number of times that each side is measured; the sides alternate."""
     steps: int = 3
-    """Training steps a time."""
-    words: int = 256
-    """Visual words drawn a time, of the 1,024 of a picture."""
-    batch_tokens: Count = Count(4096)
-    """Tokens a step, in one forward pass."""
-    loss_tokens: Count = Count(16_384)
-    """Positions of the loss measurement."""
-    loss_vocab: Count = Count(49_152)
-    """Vocabulary of the loss measurement."""
+    """Training steps per measurement."""
+    image_tokens: int = 256
+    """Image tokens to decode per measurement, of the 1,024 of an image."""
+    batch_tokens: HumanInt = HumanInt(4096)
+    """Tokens per training step, in one forward pass."""
+    loss_tokens: HumanInt = HumanInt(16_384)
+    """Number of positions in the loss measurement."""
+    loss_vocab: HumanInt = HumanInt(49_152)
+    """Vocabulary size in the loss measurement."""
     device: str = "auto"
-    """cpu, cuda, ...; auto: a GPU if there is one."""
+    """Device: cpu, cuda, ... auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the computation; auto: bfloat16 where the device has it."""
+    """Compute dtype. auto: bfloat16 if the GPU supports it."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile both sides; auto: on a GPU."""
+    """Whether to use torch.compile, on both sides. auto: only on a GPU."""
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig(
             vocab_size=8192,
@@ -67,8 +66,9 @@ class Config:
     )
 
 
+# ---- training speed
 def apertus(model: Llama):
-    """transformers' implementation of the same architecture (arXiv 2509.14233), with the weights of `model`."""
+    """The same architecture (arXiv 2509.14233) from transformers, with the weights of `model`."""
     from transformers import ApertusConfig, ApertusForCausalLM
 
     c = model.config
@@ -99,58 +99,45 @@ def apertus(model: Llama):
     for name, weight in model.state_dict().items():
         parts = [f"{part}." for part in name.removesuffix(".weight").split(".")]
         weights["model." + "".join(names.get(part, part) for part in parts) + "weight"] = weight
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    weights["model.embed_tokens.weight"] = (
-        weights["lm_head.weight"] * c.d_model**0.5
-    )  # where we scale, they do not
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # (V, C)
+    # our forward pass scales embeddings by sqrt(d_model), theirs does not
+    weights["model.embed_tokens.weight"] = weights["lm_head.weight"] * c.d_model**0.5
     theirs.load_state_dict(weights)
     return theirs
 
 
 def training(cfg: Config, device: torch.device) -> None:
-    """Print tokens/s of this code with Muon and of transformers with AdamW, and their ratio."""
+    """Compare the tokens/s of this code with Muon and of transformers with AdamW."""
     dtype = getattr(torch, cfg.dtype)
     ours = Llama(cfg.model, compute_dtype=dtype)
     ours.init_weights()
     theirs = apertus(ours).to(device)
-    theirs.model.embed_tokens.weight = (
-        theirs.lm_head.weight
-    )  # tied as ours: only the speed matters here
+    # tied like ours; the missing scale does not matter here, because only speed is measured
+    theirs.model.embed_tokens.weight = theirs.lm_head.weight
     their_forward = torch.compile(theirs) if cfg.compile else theirs
 
     def their_loss(inputs, targets):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return their_forward(input_ids=inputs, labels=inputs, shift_labels=targets).loss
 
-    race(
-        cfg,
-        device,
-        {
-            "blueberry, Muon": our_side(cfg, ours.to(device)),
-            "transformers Apertus, AdamW": (
-                their_loss,
-                [torch.optim.AdamW(theirs.parameters(), lr=1e-3)],
-            ),
-        },
-    )
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-3)
+    sides = {
+        "blueberry, Muon": our_side(cfg, ours.to(device)),
+        "transformers Apertus, AdamW": (their_loss, [adamw]),
+    }
+    race(cfg, device, sides)
 
 
 def extras(cfg: Config, device: torch.device) -> None:
-    """Print tokens/s of training with the affixes, value shortcut and Canon layers of train_llm.py, and without, and their ratio."""
-    sides, ours = {}, train_llm.Config().model
-    for name, source in [("with extras", ours), ("without", ModelConfig())]:
-        config = replace(
-            cfg.model,
-            affixes=source.affixes,
-            value_shortcut=source.value_shortcut,
-            canon=source.canon,
-        )
+    """Compare the tokens/s of training with the extras that train_llm.py uses and without them."""
+    sides = {}
+    for name, source in [("with extras", train_llm.Config().model), ("without", ModelConfig())]:
+        switches = ("subwords", "value_embed", "canon")
+        config = replace(cfg.model, **{switch: getattr(source, switch) for switch in switches})
         model = Llama(config, compute_dtype=getattr(torch, cfg.dtype))
         model.init_weights()
-        if config.affixes:
-            model.spelling[:, :7].random_(
-                0, config.affixes
-            )  # seven of them, as a token has on average
+        if config.subwords:  # seven per token, the average of a real tokenizer
+            model.token_subwords[:, :7].random_(0, config.subwords)
         sides[name] = our_side(cfg, model.to(device))
     race(cfg, device, sides)
 
@@ -171,99 +158,99 @@ def our_side(cfg: Config, model: Llama) -> tuple:
 
 
 def race(cfg: Config, device: torch.device, sides: dict[str, tuple]) -> None:
-    """Train the sides {name: (loss, optimizers)} by turns and compare their tokens/s."""
+    """Compare the training speed of the sides {name: (loss, optimizers)}."""
     shape = (cfg.batch_tokens // cfg.model.seq_len, cfg.model.seq_len + 1)
-    windows = torch.randint(cfg.model.vocab_size, shape, device=device)
-    inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    windows = torch.randint(cfg.model.vocab_size, shape, device=device)  # (B, T + 1)
+    inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each
+
+    def train(loss, optimizers) -> None:
+        for _ in range(cfg.steps):
+            loss(inputs, targets).backward()
+            update(optimizers)
+
+    functions = {name: partial(train, *side) for name, side in sides.items()}
+    compare(cfg, device, functions, cfg.steps * inputs.numel())
+
+
+def compare(
+    cfg: Config, device: torch.device, sides: dict[str, Callable[[], None]], n_tokens: int
+) -> None:
+    """Run two sides alternately, n_tokens each time; print their tokens/s and the ratio."""
     speeds = {name: [] for name in sides}
     for turn in range(cfg.rounds + 1):  # the first is warm-up
-        for name, (loss, optimizers) in sides.items():
+        for name, run in sides.items():
             clock = Clock(device)
             clock.start()
-            for _ in range(cfg.steps):
-                loss(inputs, targets).backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
+            run()
             clock.stop()
             if turn:
-                speeds[name].append(cfg.steps * inputs.numel() / clock.seconds)
-    compare(speeds)
-
-
-def compare(speeds: dict[str, list[float]]) -> None:
-    """Print the tokens/s of two sides, measured by turns, and their ratio."""
+                speeds[name].append(n_tokens / clock.seconds)
     for name, values in speeds.items():
         print(
-            f"{name}: {statistics.median(values):,.1f} tokens/s (from {min(values):,.1f} to {max(values):,.1f})"
+            f"{name}: {statistics.median(values):,.1f} tokens/s "
+            f"(from {min(values):,.1f} to {max(values):,.1f})"
         )
-    ratios = [a / b for a, b in zip(*speeds.values())]
+    ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
     print(
-        f"ratio: {statistics.median(ratios):.2f}, median of {len(ratios)} (from {min(ratios):.2f} to {max(ratios):.2f})"
+        f"ratio: {statistics.median(ratios):.2f}, median of {len(ratios)} "
+        f"(from {min(ratios):.2f} to {max(ratios):.2f})"
     )
 
 
+# ---- decoding speed
 @torch.no_grad()
-def drawing(cfg: Config, device: torch.device) -> None:
-    """Print visual words/s of one picture with a cache, and of computing the whole sequence for every word."""
-    config, codes = train_multimodal.Config().model, train_vqvae.Config().model.codebook_size
-    model, rows = (
-        Llama(config, compute_dtype=getattr(torch, cfg.dtype)),
-        slice(config.vocab_size - codes, None),
-    )
+def decoding(cfg: Config, device: torch.device) -> None:
+    """Compare the image tokens/s of one image with a KV cache and with full forward passes."""
+    config, n_codes = train_multimodal.Config().model, train_vqvae.Config().model.codebook_size
+    code_slice = slice(config.vocab_size - n_codes, None)
+    model = Llama(config, compute_dtype=getattr(torch, cfg.dtype))
     model.init_weights()
     model.to(device)
     prompt = torch.zeros(1, 8, dtype=torch.long, device=device)
 
-    def draw(cached: bool) -> None:
-        cache = KVCache(config, 1, 8 + cfg.words, device, model.compute_dtype) if cached else None
+    def decode(cache: KVCache | None) -> None:
         tokens = prompt
-        for _ in range(cfg.words):
-            word = (
-                model.head(model.hidden(tokens, cache)[:, -1], rows).argmax(-1, keepdim=True)
-                + rows.start
-            )
-            tokens = word if cached else torch.cat((tokens, word), dim=1)
+        for _ in range(cfg.image_tokens):
+            logits = model.head(model.hidden(tokens, cache)[:, -1], code_slice)  # (1, n_codes)
+            token = logits.argmax(-1, keepdim=True) + code_slice.start  # (1, 1)
+            tokens = torch.cat((tokens, token), dim=1) if cache is None else token  # (1, T)
 
-    speeds = {"with a cache": [], "without": []}
-    for turn in range(cfg.rounds + 1):  # the first is warm-up
-        for name, values in speeds.items():
-            clock = Clock(device)
-            clock.start()
-            draw(name == "with a cache")
-            clock.stop()
-            if turn:
-                values.append(cfg.words / clock.seconds)
-    compare(speeds)
+    def decode_with_cache() -> None:
+        decode(KVCache(config, 1, 8 + cfg.image_tokens, device, model.compute_dtype))
+
+    sides = {"with a cache": decode_with_cache, "without": partial(decode, None)}
+    compare(cfg, device, sides, cfg.image_tokens)
 
 
+# ---- loss memory
 def loss(cfg: Config, device: torch.device) -> float:
-    """Print and return the GB by which loss and gradient raise the peak of memory."""
+    """Print and return by how many GB the loss and its gradient raise the peak memory."""
     dtype, d_model = getattr(torch, cfg.dtype), cfg.model.d_model
     h = torch.randn(cfg.loss_tokens, d_model, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(cfg.loss_vocab, d_model, device=device).mul_(0.02).requires_grad_()
-    targets = torch.randint(cfg.loss_vocab, (cfg.loss_tokens,), device=device)
+    targets = torch.randint(cfg.loss_vocab, (cfg.loss_tokens,), device=device)  # (N,)
     before, start = peak_memory_gb(device), time.perf_counter()
-    ChunkedCrossEntropy.apply(h, weight, targets).backward()
+    ChunkedCrossEntropy.apply(h, weight, targets).backward()  # h is (N, C), weight (V, C)
     used, seconds = peak_memory_gb(device) - before, time.perf_counter() - start
     full = 4 * cfg.loss_tokens * cfg.loss_vocab / 1e9
     print(
-        f"loss and gradient of {cfg.loss_tokens} x {cfg.loss_vocab}, d_model {d_model}: {used:.2f} GB "
-        f"in {seconds:.1f} s; one fp32 tensor of logits: {full:.2f} GB"
+        f"loss and gradient of {cfg.loss_tokens} x {cfg.loss_vocab}, d_model {d_model}: "
+        f"{used:.2f} GB in {seconds:.1f} s; one fp32 tensor of logits: {full:.2f} GB"
     )
     return used
 
 
 def main(cfg: Config) -> None:
-    check_positive(cfg, "rounds", "steps", "words", "batch_tokens", "loss_tokens", "loss_vocab")
+    """Measure and print. Raises UserError."""
+    check_positive(
+        cfg, "rounds", "steps", "image_tokens", "batch_tokens", "loss_tokens", "loss_vocab"
+    )
     device = resolve_device(cfg)
-    print(
-        f"{device_name(device)}, {cfg.dtype}, torch {torch.__version__}, {'compiled' if cfg.compile else 'not compiled'}"
-    )
-    {"training": training, "extras": extras, "drawing": drawing, "loss": loss}[cfg.what](
-        cfg, device
-    )
+    compiled = "compiled" if cfg.compile else "not compiled"
+    print(f"{device_name(device)}, {cfg.dtype}, torch {torch.__version__}, {compiled}")
+    measurements = {"training": training, "extras": extras, "decoding": decoding, "loss": loss}
+    measurements[cfg.what](cfg, device)
 
 
 if __name__ == "__main__":
-    run_script(Config, main)
+    run_script(main, Config, prog="python -m tools.bench", description=__doc__)

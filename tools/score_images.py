@@ -1,12 +1,16 @@
-"""Score what a multimodal run draws: is the picture what was asked?
+"""Score the images that a multimodal run generates: do they show what the prompt says?
 
     python -m tools.score_images NAME --n 64         # a run of train_multimodal.py
 
-For `shapes` a checker reads the pixels. For labelled pictures a classifier, trained once on the real ones and never a
-loss, judges; distances between its features compare within this project alone. Writes scores.json and scores.png.
+For `shapes`, a checker without a model reads the attributes off the pixels. For labeled images, a
+classifier judges. It is trained once on real images and is never part of a loss; distances between
+its features can only be compared within this project. Writes scores.json and scores.png.
+
+Shapes: N images, S image side, G side of the token grid, D feature dimension, K codebook size.
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,28 +20,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (
-    UserError,
-    check_not_negative,
-    check_positive,
-    resolve_device,
-    run_script,
-    write_text,
-)
+from common.config import UserError, check_not_negative, check_positive, run_script
+from common.device import resolve_device
+from common.run import write_text
 from data import shapes
+from data.captions import article
 from data.images import (
     ImageConfig,
-    Pictures,
-    article,
-    load_pictures,
-    plain_pictures,
-    sheet,
-    spread,
+    ImageDataset,
+    image_grid,
+    load_images,
     to_uint8,
+    unaugmented_images,
 )
-from generate import Loaded, draw, load_run, resolve_sampling
+from data.order import evenly_spaced
+from multimodal import image_hidden
+from sampling import LoadedRun, generate_images, load_run, resolve_sampling
 from tools.classifier import (
     RECIPES,
+    Classifier,
     diversity,
     frechet_distance,
     judge,
@@ -46,50 +47,57 @@ from tools.classifier import (
     nearest,
 )
 from tools.shapes_checker import check
-from train_multimodal import picture_hidden
 
-SCENES = 2  # seed of the scenes that are asked for; training and validation have 0 and 1
-BESIDE = 16  # drawn pictures shown beside the real training picture nearest to them
+SCENES_SEED = 2  # of the scenes to generate; training and validation have 0 and 1
+N_SHOWN = 16  # images of each kind in scores.png
 
 
 @dataclass
 class Config:
-    """What to draw, and by what to judge it."""
+    """What to generate, and how to judge it."""
 
     run: str
-    """Name of a run under runs/, a run folder, or one of its checkpoints; none: the newest run."""
+    """Name of a run under runs/, a run folder or one of its checkpoints. Omitted: the newest
+    run."""
     n: int | Literal["auto"] = "auto"
-    """Pictures to draw, for shapes of pairs seen in training and as many of unseen ones; auto: 1000 on a GPU, else 64."""
+    """Number of images to generate; for shapes, of color-shape pairs seen in training, and as many
+    of unseen pairs. auto: 1000 on a GPU, otherwise 64."""
     n_real: int | Literal["auto"] = "auto"
-    """Real test pictures to hold against them; auto: all on a GPU, else 1000."""
+    """Number of real test images to compare with. auto: at most 100,000 on a GPU, otherwise
+    1000."""
     n_argmin: int | Literal["auto"] = "auto"
-    """Real test pictures to classify by the model's own loss; auto: 1000 on a GPU, else 20; 0: none."""
+    """Number of real test images that the model itself classifies, by the caption under which its
+    loss is lowest. 0: none; auto: 1000 on a GPU, otherwise 20."""
     classifier: Literal["auto", "gpu", "cpu"] = "auto"
-    """Recipe of the classifier in tools/classifier.py; auto: by the device."""
+    """Recipe of the classifier in tools/classifier.py. auto: gpu on a GPU, otherwise cpu."""
     guidance: float | Literal["auto"] = "auto"
-    """How far pictures follow the prompt; this and the next two: auto is as in the run's config.yaml."""
+    """Scale of classifier-free guidance: how strongly images follow the prompt. 0: ignore the
+    prompt; 1: no guidance; more than 1: follow it more strongly. auto: the value in the run's
+    config.yaml."""
     temperature: float | Literal["auto"] = "auto"
-    """1 samples from the model's own distribution."""
+    """Sampling temperature. 0: always the most likely token; 1: the model's own distribution.
+    auto: the value in the run's config.yaml."""
     top_p: float | Literal["auto"] = "auto"
-    """Sample from the likeliest visual words that together reach this probability."""
+    """Sample from the most likely tokens whose probabilities add up to top_p (nucleus sampling).
+    auto: the value in the run's config.yaml."""
     top_k: int = 0
-    """Sample from the k likeliest visual words; 0 from all."""
+    """Sample from the k most likely tokens. 0: from all."""
     seed: int = 0
-    """Picture i draws with seed + i."""
+    """Random seed. Image i uses seed + i."""
     batch: int | Literal["auto"] = "auto"
-    """Pictures drawn at a time; auto: 250 on a GPU, else 32."""
+    """Images to generate at a time. auto: 250 on a GPU, otherwise 32."""
     device: str = "auto"
-    """cpu, cuda, ...; auto: a GPU if there is one."""
+    """Device: cpu, cuda, ... auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the computation; auto: bfloat16 where the device has it."""
+    """Compute dtype. auto: bfloat16 if the GPU supports it."""
 
 
-def draw_all(cfg: Config, loaded: Loaded, captions: list[str]) -> Tensor:
-    """A picture for each caption, (N, 3, S, S) in [-1, 1]."""
-    return draw(
+def generate_all(cfg: Config, loaded: LoadedRun, captions: list[str]) -> Tensor:
+    """An image for each caption, (N, 3, S, S) in [-1, 1]."""
+    return generate_images(
         loaded.model,
         loaded.vqvae,
-        loaded.stream,
+        loaded.format,
         captions,
         [cfg.seed + i for i in range(len(captions))],
         guidance=cfg.guidance,
@@ -97,220 +105,233 @@ def draw_all(cfg: Config, loaded: Loaded, captions: list[str]) -> Tensor:
         top_k=cfg.top_k,
         top_p=cfg.top_p,
         batch=cfg.batch,
-        bar=True,
+        progress=True,
     )
 
 
-def reconstructed(loaded: Loaded, pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, S, S) through the visual tokenizer and back."""
-    return torch.cat(
-        [loaded.vqvae.decode(loaded.vqvae.encode(part)) for part in pictures.split(32)]
-    )
+def reconstruct(loaded: LoadedRun, images: Tensor) -> Tensor:
+    """Images (N, 3, S, S) encoded and decoded by the VQ-VAE."""
+    codes = (loaded.vqvae.encode(part) for part in images.split(32))  # (B, G, G) each
+    return torch.cat([loaded.vqvae.decode(part) for part in codes])
 
 
-# ---------------------------------------------------------------------------------------------------------- shapes
-def shares(captions: list[str], pictures: np.ndarray) -> dict[str, float]:
-    """Of the pictures (N, S, S, 3) whose captions state an attribute, the share that has it right."""
-    results = [check(caption, picture) for caption, picture in zip(captions, pictures)]
-    names = dict.fromkeys(name for result in results for name in result)
+# ---- shapes
+def fractions_correct(captions: list[str], images: np.ndarray) -> dict[str, float]:
+    """For each attribute, the fraction of images (N, S, S, 3) that show it as their caption says.
+
+    Only images whose caption states the attribute count.
+    """
+    results = [check(caption, image) for caption, image in zip(captions, images, strict=True)]
+    names = {name for result in results for name in result}
     return {
         name: float(np.mean([result[name] for result in results if name in result]))
         for name in sorted(names)
     }
 
 
-def score_shapes(cfg: Config, loaded: Loaded) -> tuple[dict, list]:
-    """Scores by the checker, and a row of pictures for the sheet."""
-    size, scores, shown = loaded.vqvae.config.image_size, {}, []
-    for name in ("seen", "unseen"):
-        scenes = [shapes.scene(SCENES, i, unseen=name == "unseen") for i in range(cfg.n)]
+def score_shapes(cfg: Config, loaded: LoadedRun) -> tuple[dict, list]:
+    """Scores by the checker, and captioned images (S, S, 3) to show."""
+    size, device = loaded.vqvae.config.image_size, loaded.model.embed.weight.device
+    scores, shown = {}, []
+    for pairs in ("seen", "unseen"):
+        scenes = [shapes.scene(SCENES_SEED, i, unseen=pairs == "unseen") for i in range(cfg.n)]
         captions = [scene.caption for scene in scenes]
-        rendered = np.stack([shapes.draw(scene, size) for scene in scenes])
-        pictures = (
-            torch.from_numpy(rendered)
-            .permute(0, 3, 1, 2)
-            .to(loaded.model.embed.weight.device)
-            .float()
-            / 127.5
-            - 1
-        )
-        drawn = to_uint8(draw_all(cfg, loaded, captions))
-        scores[name] = {
-            "drawn": shares(captions, drawn),
-            "ceiling_reconstructed": shares(captions, to_uint8(reconstructed(loaded, pictures))),
-            "ceiling_rendered": shares(captions, rendered),
+        rendered = np.stack([shapes.render(scene, size) for scene in scenes])  # (N, S, S, 3)
+        pixels = torch.from_numpy(rendered).permute(0, 3, 1, 2)  # (N, 3, S, S)
+        reconstructed = reconstruct(loaded, pixels.to(device).float() / 127.5 - 1)
+        generated = to_uint8(generate_all(cfg, loaded, captions))  # (N, S, S, 3)
+        scores[pairs] = {
+            "generated": fractions_correct(captions, generated),
+            "ceiling_reconstructed": fractions_correct(captions, to_uint8(reconstructed)),
+            "ceiling_rendered": fractions_correct(captions, rendered),
         }
-        shown += list(zip(captions, drawn))[:16]
+        shown += list(zip(captions, generated, strict=True))[:N_SHOWN]
     return scores, shown
 
 
-# -------------------------------------------------------------------------------------------------- labelled pictures
-def thumbnails(pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, S, S) in [-1, 1] as the classifier sees them: uint8 (N, 3, 32, 32) on the CPU."""
-    small = F.interpolate(pictures, size=(32, 32), mode="area")
+# ---- labeled images
+def labeled_images(
+    cfg: Config, config: ImageConfig, size: int
+) -> tuple[ImageDataset, ImageDataset]:
+    """Training and test images with class labels. Raises UserError."""
+    train = load_images(config, "train", size, captions=True)
+    test = load_images(config, "val", size, captions=True)
+    if train.classes is None or test.classes != train.classes:
+        raise UserError(
+            f"data source {config.source} has captions but no class labels, or others in its test "
+            "split, so a classifier cannot judge; score a run of labeled images or of shapes"
+        )
+    if cfg.n < 2 or cfg.n_real <= len(test.classes):
+        raise UserError(
+            f"--n is {cfg.n} and --n_real is {cfg.n_real}; distances need at least 2 generated and "
+            f"{len(test.classes) + 1} real images"
+        )
+    return train, test
+
+
+def batches(loaded: LoadedRun, data: ImageDataset, indices: Sequence[int]) -> Iterator[Tensor]:
+    """Images (B, 3, S, S) of a dataset in [-1, 1], 500 at a time."""
+    size, device = loaded.vqvae.config.image_size, loaded.model.embed.weight.device
+    for start in range(0, len(indices), 500):
+        yield unaugmented_images(data, indices[start : start + 500], size, device)
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """Images (N, 3, S, S) in [-1, 1] as the classifier reads them: uint8 (N, 3, 32, 32), on CPU."""
+    small = F.interpolate(images, size=(32, 32), mode="area")  # (N, 3, 32, 32)
     return ((small.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-
-
-def in_parts(indices: list[int], size: int = 500) -> list[list[int]]:
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
 @torch.no_grad()
 def argmin_accuracy(
-    loaded: Loaded, data: Pictures, indices: list[int], captions: list[str]
+    loaded: LoadedRun, data: ImageDataset, indices: list[int], captions: list[str]
 ) -> float:
-    """Share of real pictures whose label has the caption under which the model finds the picture likeliest."""
-    prompts, right = [loaded.stream.prompt(caption) for caption in captions], 0
-    size, device = loaded.vqvae.config.image_size, loaded.model.embed.weight.device
+    """Accuracy of the model as a classifier of real images.
+
+    It picks the class under whose caption the loss of the image is lowest; `captions` has one per
+    class.
+    """
+    model, fmt, device = loaded.model, loaded.format, loaded.model.embed.weight.device
+    prompts, n_correct = [fmt.prompt(caption) for caption in captions], 0
     for i in indices:
-        codes = loaded.vqvae.encode(plain_pictures(data, [i], size, device)).flatten(1).cpu()
-        tokens, starts = (
-            t.to(device) for t in loaded.stream.sequences(prompts, codes.expand(len(prompts), -1))
-        )
-        _, before, wanted = picture_hidden(loaded.model, loaded.stream, tokens, starts)
-        logits = loaded.model.head(before, loaded.stream.code_rows)  # (classes, image_tokens, K)
-        nats = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1)
-        right += int(nats.argmin()) == data.labels[i]
-    return right / len(indices)
+        image = unaugmented_images(data, [i], loaded.vqvae.config.image_size, device)
+        codes = loaded.vqvae.encode(image).flatten(1).cpu()  # (1, image tokens)
+        tokens, starts = fmt.sequences(prompts, codes.expand(len(prompts), -1))
+        _, before, targets = image_hidden(model, fmt, tokens.to(device), starts.to(device))
+        logits = model.head(before, fmt.code_slice)  # (classes, image tokens, K)
+        nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)
+        n_correct += int(nats.argmin()) == data.labels[i]
+    return n_correct / len(indices)
 
 
-def score_labelled(cfg: Config, loaded: Loaded, data_config: ImageConfig) -> tuple[dict, list]:
-    """Scores by the classifier, and for the sheet drawn pictures with the nearest real training ones."""
-    size, device = loaded.vqvae.config.image_size, loaded.model.embed.weight.device
-
-    def real_pictures(data: Pictures, indices: list[int]) -> Tensor:
-        return plain_pictures(data, indices, size, device)
-
-    train, test = (
-        load_pictures(data_config, split, size, captions=True) for split in ("train", "val")
+def score_labeled(cfg: Config, loaded: LoadedRun, config: ImageConfig) -> tuple[dict, list]:
+    """Scores by the classifier, and generated images, each with its nearest training image."""
+    train, test = labeled_images(cfg, config, loaded.vqvae.config.image_size)
+    train_small = torch.cat(  # (N, 3, 32, 32)
+        [thumbnails(part) for part in batches(loaded, train, range(len(train)))]
     )
-    if train.classes is None or test.classes != train.classes:
-        raise UserError(
-            f"data source {data_config.source} has captions but no labels: there is nothing to judge by"
-        )
-    if cfg.n < 2 or cfg.n_real <= len(test.classes):
-        raise UserError(
-            f"--n {cfg.n} and --n_real {cfg.n_real}: distances need 2 drawn and {len(test.classes) + 1} real pictures"
-        )
-    everything = list(range(len(train)))
-    real = torch.cat([thumbnails(real_pictures(train, part)) for part in in_parts(everything)])
-    name = cfg.classifier if cfg.classifier != "auto" else "gpu" if device.type == "cuda" else "cpu"
-    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
     classifier = load_classifier(
-        Path(data_config.cache),
-        real,
+        Path(config.cache),
+        train_small,
         torch.from_numpy(train.labels),
         len(train.classes),
-        RECIPES[name],
+        RECIPES[cfg.classifier],
         0,
-        device,
-        dtype,
+        loaded.model.embed.weight.device,
+        getattr(torch, cfg.dtype),
         progress=lambda line: print(line, flush=True),
     )
 
-    def judged(pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes (N,) and features (N, d) of thumbnails."""
-        logits, features = judge(classifier, pictures.float() / 127.5 - 1)
-        return logits.argmax(1), features
-
-    tested = spread(test, cfg.n_real)
-    labels = torch.from_numpy(test.labels[tested])
-    shown, back = [], []
-    for part in in_parts(tested):
-        pictures = real_pictures(test, part)
-        shown.append(thumbnails(pictures))
-        back.append(thumbnails(reconstructed(loaded, pictures)))
-    (real_class, real_features), (back_class, back_features) = (
-        judged(torch.cat(shown)),
-        judged(torch.cat(back)),
-    )
-    asked = torch.arange(cfg.n) % len(train.classes)
-    captions = [
-        f"a photo of {article(train.classes[label].replace('_', ' ').lower())}" for label in asked
+    test_indices = evenly_spaced(len(test), cfg.n_real)
+    real, reconstructed = [], []
+    for part in batches(loaded, test, test_indices):
+        real.append(thumbnails(part))
+        reconstructed.append(thumbnails(reconstruct(loaded, part)))
+    class_captions = [
+        f"a photo of {article(name.replace('_', ' ').lower())}" for name in train.classes
     ]
-    drawn = draw_all(cfg, loaded, captions)
-    small = thumbnails(drawn)
-    drawn_class, drawn_features = judged(small)
-    others = judged(
-        real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: cfg.n]]
-    )[1]
-    scores = {
+    labels = torch.arange(cfg.n) % len(train.classes)  # (n,)
+    captions = [class_captions[label] for label in labels]
+    images = generate_all(cfg, loaded, captions)  # (n, 3, S, S)
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: cfg.n]
+    small = {  # (N, 3, 32, 32) each
+        "generated": thumbnails(images),
+        "reconstructed": torch.cat(reconstructed),
+        "real": torch.cat(real),
+        "train": train_small[chosen],
+    }
+
+    scores = judged_scores(classifier, small, labels, torch.from_numpy(test.labels[test_indices]))
+    scores |= {"classifier": cfg.classifier, "n_real": len(test_indices)}
+    if cfg.n_argmin:
+        indices = evenly_spaced(len(test), cfg.n_argmin)
+        scores["argmin_accuracy"] = argmin_accuracy(loaded, test, indices, class_captions)
+        scores["n_argmin"] = len(indices)
+
+    closest, _ = nearest(small["generated"][:N_SHOWN].flatten(1), train_small.flatten(1))
+    neighbors = to_uint8(next(batches(loaded, train, closest.tolist())))  # (N_SHOWN, S, S, 3)
+    shown = zip(captions[:N_SHOWN], to_uint8(images[:N_SHOWN]), neighbors, strict=True)
+    title = "nearest training image"
+    return scores, [pair for text, a, b in shown for pair in ((text, a), (title, b))]
+
+
+def judged_scores(
+    classifier: Classifier, small: dict[str, Tensor], labels: Tensor, test_labels: Tensor
+) -> dict:
+    """Accuracies, distances and diversity of thumbnails (N, 3, 32, 32).
+
+    `labels` (n,) are the requested classes of the generated images, `test_labels` (n_real,) those
+    of real test images and of their reconstructions. Real training images give the floor.
+    """
+    # logits (N, classes) and features (N, D)
+    judged = {kind: judge(classifier, x.float() / 127.5 - 1) for kind, x in small.items()}
+    features = {kind: vectors for kind, (_, vectors) in judged.items()}
+    real = features["real"]
+
+    def accuracy(kind: str, expected: Tensor) -> float:
+        return (judged[kind][0].argmax(1) == expected).float().mean().item()
+
+    return {
         "class_accuracy": {
-            "drawn": (drawn_class == asked).float().mean().item(),
-            "ceiling_reconstructed": (back_class == labels).float().mean().item(),
-            "ceiling_real": (real_class == labels).float().mean().item(),
+            "generated": accuracy("generated", labels),
+            "ceiling_reconstructed": accuracy("reconstructed", test_labels),
+            "ceiling_real": accuracy("real", test_labels),
         },
         "frechet_distance": {
-            "drawn": frechet_distance(drawn_features, real_features),
-            "reconstructed": frechet_distance(back_features, real_features),
-            "floor_real": frechet_distance(others, real_features),
+            "generated": frechet_distance(features["generated"], real),
+            "reconstructed": frechet_distance(features["reconstructed"], real),
+            "floor_real": frechet_distance(features["train"], real),
         },
         "kernel_distance": {
-            "drawn": kernel_distance(drawn_features, real_features),
-            "floor_real": kernel_distance(others, real_features),
+            "generated": kernel_distance(features["generated"], real),
+            "floor_real": kernel_distance(features["train"], real),
         },
-        # of pictures of one class, so there must be two of one
-        "diversity": {
-            "drawn": diversity(drawn_features, asked) if cfg.n > len(train.classes) else None,
-            "real": diversity(real_features, labels),
+        "diversity": {  # needs two images of one class
+            "generated": diversity(features["generated"], labels)
+            if len(labels) > len(labels.unique())
+            else None,
+            "real": diversity(real, test_labels),
         },
-        "classifier": name,
-        "n_real": len(tested),
     }
-    if cfg.n_argmin:
-        own = [f"a photo of {article(name.replace('_', ' ').lower())}" for name in train.classes]
-        scores["argmin_accuracy"] = argmin_accuracy(loaded, test, spread(test, cfg.n_argmin), own)
-        scores["n_argmin"] = min(cfg.n_argmin, len(test))
-    closest = nearest(small[:BESIDE].flatten(1), real.flatten(1))[0].tolist()
-    beside = to_uint8(real_pictures(train, closest))
-    pairs = zip(captions, to_uint8(drawn[:BESIDE]), beside)
-    return scores, [
-        entry
-        for caption, picture, near in pairs
-        for entry in ((caption, picture), ("nearest real", near))
-    ]
 
 
+# ---- script
 def main(cfg: Config) -> dict:
-    """Draw, judge, write and return the scores. Raises UserError."""
+    """Generate, judge, write and return the scores. Raises UserError."""
     gpu = resolve_device(cfg).type == "cuda"
-    for name, (large, small) in {
+    defaults = {  # on a GPU and on a CPU
         "n": (1000, 64),
         "n_real": (100_000, 1000),
         "n_argmin": (1000, 20),
         "batch": (250, 32),
-    }.items():
+        "classifier": ("gpu", "cpu"),
+    }
+    for name, (on_gpu, on_cpu) in defaults.items():
         if getattr(cfg, name) == "auto":
-            setattr(cfg, name, large if gpu else small)
+            setattr(cfg, name, on_gpu if gpu else on_cpu)
     check_positive(cfg, "n", "n_real", "batch")
     check_not_negative(cfg, "n_argmin")
     loaded = load_run(cfg.run, cfg)
     if loaded.vqvae is None:
         raise UserError(
-            f"{loaded.run} is a language model and draws nothing: name a run of train_multimodal.py"
+            f"{loaded.run} is a language model and cannot generate images; pass a run of "
+            "train_multimodal.py"
         )
     resolve_sampling(cfg, loaded)
     config = {key: value for key, value in loaded.config["data"].items() if key != "tokenizer"}
     if config["source"] == "shapes":
         scores, shown = score_shapes(cfg, loaded)
     else:
-        scores, shown = score_labelled(cfg, loaded, ImageConfig(**config))
-    scores |= {
-        "n": cfg.n,
-        "guidance": cfg.guidance,
-        "temperature": cfg.temperature,
-        "top_k": cfg.top_k,
-        "top_p": cfg.top_p,
-        "seed": cfg.seed,
-    }
+        scores, shown = score_labeled(cfg, loaded, ImageConfig(**config))
+    for name in ("n", "guidance", "temperature", "top_k", "top_p", "seed"):
+        scores[name] = getattr(cfg, name)
     write_text(loaded.run / "scores.json", json.dumps(scores, indent=2))
-    sheet(
-        np.stack([picture for _, picture in shown]), 8, titles=[title for title, _ in shown]
-    ).save(loaded.run / "scores.png")
+    titles, images = zip(*shown, strict=True)
+    image_grid(np.stack(images), 8, titles=titles).save(loaded.run / "scores.png")
     print(json.dumps(scores, indent=2))
     print(loaded.run / "scores.png")
     return scores
 
 
 if __name__ == "__main__":
-    run_script(Config, main)
+    run_script(main, Config, prog="python -m tools.score_images", description=__doc__)

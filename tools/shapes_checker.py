@@ -14,9 +14,8 @@ import numpy as np
 
 from data.shapes import BACKGROUNDS, COLORS, POSITIONS, RELATIONS, SHAPES, Object, coverage, parse
 
-MIN_AREA = (
-    60 / 128**2
-)  # a smaller component is noise; a quarter of the smallest object, a small bar
+# A smaller component is noise. This is a quarter of the smallest object, a small bar.
+MIN_AREA = 60 / 128**2
 RADIUS_RANGES = {  # an object has a size if its radius lies in this range
     "small": (0, 17.5 / 128),
     "medium": (17.5 / 128, 28 / 128),
@@ -24,10 +23,8 @@ RADIUS_RANGES = {  # an object has a size if its radius lies in this range
 }
 MAX_COLOR_DISTANCE = 60  # in RGB; colors differ by at least 81 from each other and the backgrounds
 MIN_OVERLAP = 0.6  # intersection over union with the best shape; below, the shape is unknown
-EDGE_WIDTHS = (
-    1,
-    3,
-)  # pixels; candidate shapes are rendered sharp and soft, as images may be blurred
+# Edge widths in pixels: candidate shapes are rendered sharp and soft, as images may be blurred.
+EDGE_WIDTHS = (1, 3)
 MIN_SEPARATION = 28 / 128  # of related objects along their axis; half of what scenes have
 UNKNOWN = ""  # name of a color or shape that is none of those in data.shapes
 

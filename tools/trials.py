@@ -116,7 +116,7 @@ def load_trial(folder: Path) -> Trial:
         raise UserError(f"{folder} is a run of stage {stage}; trials are runs of train_llm.py")
     if missing:
         raise UserError(
-            f"{folder} does not say its {missing[0]}; make this trial again with this version"
+            f"{folder} has no {missing[0]} in summary.json or env.json; make this trial again"
         )
     for key in MEASURES:
         if not isinstance(summary[key], int | float) or not math.isfinite(summary[key]):

@@ -1,0 +1,174 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import sentences, train, train_stage, write_jsonl
+from PIL import Image
+from test_train_multimodal import PETS, write_pets
+
+import train_multimodal
+import train_vqvae
+from common.config import UserError, load_config
+from data import shapes
+from data.images import ImageConfig
+from tools import score_images
+
+
+def score(*args: str) -> dict:
+    return score_images.main(load_config(score_images.Config, list(args)))
+
+
+# ---- shapes
+def test_fractions_correct_count_only_images_whose_caption_states_the_attribute():
+    scenes = [shapes.scene(2, i) for i in range(40)]
+    sized = [scene for scene in scenes if shapes.parse(scene.caption).objects[0][0]]
+    unsized = [scene for scene in scenes if not shapes.parse(scene.caption).objects[0][0]]
+    chosen = [sized[0], unsized[0], sized[1]]
+    images = np.stack([shapes.render(scene, 64) for scene in chosen])
+    images[2] = 128  # nothing to see
+    fractions = score_images.fractions_correct([scene.caption for scene in chosen], images)
+    assert fractions["size"] == 1 / 2
+    assert fractions["all"] == fractions["count"] == 2 / 3
+
+
+@pytest.fixture(scope="module")
+def shapes_scores(tmp_path_factory) -> tuple[Path, dict]:
+    """The folder and the scores of a hardly trained run on shapes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("shapes"))
+        train_stage(train_vqvae, run="v", model__image_size=64, model__downsample=8)
+        settings = {"data__tokenizer": "bpe-400", "model__vocab_size": 418}
+        train_stage(train_multimodal, run="m", vqvae="v", sequences=16, **settings)
+        return Path("runs/m").absolute(), score("m", "--n", "6")
+
+
+@pytest.mark.parametrize("pairs", ["seen", "unseen"])
+def test_rendered_scenes_have_perfect_scores(shapes_scores, pairs):
+    _, scores = shapes_scores
+    assert set(scores[pairs]["ceiling_rendered"].values()) == {1.0}
+
+
+@pytest.mark.parametrize("pairs", ["seen", "unseen"])
+@pytest.mark.parametrize("kind", ["generated", "ceiling_reconstructed", "ceiling_rendered"])
+def test_every_kind_of_image_has_a_score_for_each_attribute(shapes_scores, pairs, kind):
+    _, scores = shapes_scores
+    assert {"color", "shape", "count", "all"} <= scores[pairs][kind].keys()
+
+
+@pytest.mark.parametrize("pairs", ["seen", "unseen"])
+def test_hardly_trained_model_scores_low(shapes_scores, pairs):
+    _, scores = shapes_scores
+    assert scores[pairs]["generated"]["all"] < 0.5
+
+
+def test_shapes_are_shown_in_a_grid_of_eight_columns(shapes_scores):
+    run, _ = shapes_scores
+    assert Image.open(run / "scores.png").width > 8 * 64
+
+
+# ---- labeled images
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A working directory with runs/m, which has learned the pets, and runs/lm."""
+    folder = tmp_path_factory.mktemp("pets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_pets()
+        write_jsonl("corpus.jsonl", sentences(300))
+        train_stage(train_vqvae, run="v", images=160, **PETS)
+        settings = {"sequences": 1600, "adamw_lr": 0.01, "sample_n": 0}
+        train_stage(train_multimodal, run="m", vqvae="v", **settings, **PETS)
+        train(run="lm", tokens=1280)
+    return folder
+
+
+@pytest.fixture
+def in_workspace(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+
+
+@pytest.fixture(scope="module")
+def scores(workspace) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        return score("m", "--n", "8", "--n_argmin", "8")
+
+
+def test_scores_are_written_to_the_run_folder(scores, workspace):
+    assert json.loads((workspace / "runs/m/scores.json").read_text()) == scores
+
+
+def test_generated_images_are_shown_beside_their_nearest_training_images(scores, workspace):
+    grid = Image.open(workspace / "runs/m/scores.png")
+    assert grid.width > 8 * 128  # enlarged so that the titles fit
+    assert 2 * 128 < grid.height < 3 * 128  # 8 generated and 8 real images
+
+
+@pytest.mark.parametrize(
+    "name, kinds",
+    [
+        ("class_accuracy", {"generated", "ceiling_reconstructed", "ceiling_real"}),
+        ("frechet_distance", {"generated", "reconstructed", "floor_real"}),
+        ("kernel_distance", {"generated", "floor_real"}),
+        ("diversity", {"generated", "real"}),
+    ],
+)
+def test_score_compares_generated_images_with_references(scores, name, kinds):
+    assert scores[name].keys() == kinds
+    assert all(isinstance(value, float) for value in scores[name].values())
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("classifier", "cpu"), ("n", 8), ("n_real", 12), ("n_argmin", 8), ("guidance", 2.0)],
+)
+def test_scores_record_how_they_were_measured(scores, name, value):
+    assert scores[name] == value
+
+
+def test_reconstructions_are_closer_to_real_images_than_to_other_training_images(scores):
+    distances = scores["frechet_distance"]
+    assert distances["reconstructed"] < distances["floor_real"]
+
+
+def test_learned_images_have_the_lowest_loss_under_their_own_caption(scores):
+    assert scores["argmin_accuracy"] >= 0.75  # chance: 0.25
+
+
+def test_diversity_needs_two_images_of_one_class(in_workspace):
+    assert score("m", "--n", "4", "--n_argmin", "0")["diversity"]["generated"] is None
+
+
+def test_argmin_accuracy_is_omitted_for_no_images(in_workspace):
+    assert "argmin_accuracy" not in score("m", "--n", "4", "--n_argmin", "0")
+
+
+# ---- errors
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["lm"], "runs/lm is a language model and cannot generate images"),
+        (["m", "--n=1"], "distances need at least 2 generated and 5 real images"),
+        (["m", "--n_real=4"], "distances need at least 2 generated and 5 real images"),
+        (["m", "--batch=0"], "--batch is 0; it must be positive"),
+        (["m", "--n_argmin=-1"], "--n_argmin is -1; it must not be negative"),
+    ],
+)
+def test_invalid_input_is_a_one_line_error(in_workspace, args, message):
+    with pytest.raises(UserError) as error:
+        score(*args)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_images_with_captions_instead_of_labels_are_refused(workdir):
+    Path("captioned").mkdir()
+    for i in range(2):
+        Image.new("RGB", (32, 32), (100 * i, 0, 0)).save(f"captioned/{i}.png")
+    rows = [{"file_name": f"{i}.png", "text": f"number {i}"} for i in range(2)]
+    Path("captioned/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = load_config(score_images.Config, ["m", "--n=8", "--n_real=8"])
+    config = ImageConfig(source="captioned", val_source="captioned")
+    with pytest.raises(UserError, match="data source captioned has captions but no class labels"):
+        score_images.labeled_images(cfg, config, 32)
