@@ -178,7 +178,7 @@ def plot_loss(run: Path, unit: str) -> None:
         label, point = f"{r['val_loss']:.3f}", (r[unit], r["val_loss"])
         ax.annotate(label, point, (0, 6), textcoords="offset points", ha="center")
     images = unit == "images"
-    loss = "reconstruction loss (1: predicting the mean color)" if images else "nats per token"
+    loss = "loss (1: predicting the mean color)" if images else "loss (nats per token)"
     ax.set(xlabel=unit, ylabel=loss, title=run.name)
     if images:
         ax.set_yscale("log")
