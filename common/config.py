@@ -121,9 +121,8 @@ def load_config(
         if values.get("resume"):
             run = RUNS / str(values.run)
             if (run / "config.yaml").exists():
-                check_saved_keys(
-                    saved_config(run), {action.dest for action in parser._actions}, run
-                )
+                known = {action.dest for action in parser._actions}
+                check_resumable(run, config_class.stage, known)
                 parser.default_config_files = [str(run / "config.yaml")]
             values = parser.parse_args(argv)
         values.pop("config")
@@ -212,6 +211,15 @@ def saved_config(run: Path) -> dict:
             "check out that commit to use it, or train again under another --run"
         )
     return config
+
+
+def check_resumable(run: Path, stage: str, known: set[str]) -> None:
+    """Raises UserError if a run is of another stage or has settings that are not in `known`."""
+    saved = saved_config(run)
+    if saved["stage"] != stage:
+        script = f"train_{saved['stage']}.py"
+        raise UserError(f"{run} is of stage {saved['stage']}; resume it with {script}")
+    check_saved_keys(saved, known, run)
 
 
 def check_saved_keys(config: dict, known: set[str], run: Path) -> None:

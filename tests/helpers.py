@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from common.metrics import read_metrics
 from common.run import checkpoints
 
 ROOT = Path(__file__).parent.parent
+STAGES = ("llm", "vqvae", "multimodal")
 
 TINY = {
     "train_llm": {
@@ -68,6 +70,9 @@ TINY = {
 }
 
 
+MODULES = {stage: importlib.import_module(f"train_{stage}") for stage in STAGES}
+
+
 def sentences(n: int, seed: int = 0) -> list[str]:
     """n different short documents with umlauts, emoji and line breaks in them."""
     rng = random.Random(seed)
@@ -96,17 +101,19 @@ def train_stage(module, **changes) -> dict:
 
 
 def flags(**changes) -> list[str]:
-    return flags_of(importlib.import_module("train_llm"), **changes)
+    return flags_of(MODULES["llm"], **changes)
 
 
 def train(**changes) -> dict:
-    return train_stage(importlib.import_module("train_llm"), **changes)
+    return train_stage(MODULES["llm"], **changes)
 
 
 def script(name: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
-    """Run one of the project's scripts as a user would."""
-    command = [sys.executable, str(ROOT / name), *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    """Run one of the project's scripts, or a module after -m, as a user would."""
+    program = [name] if name == "-m" else [str(ROOT / name)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *program, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, **kwargs)
 
 
 def noisy(model: torch.nn.Module) -> torch.nn.Module:

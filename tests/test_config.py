@@ -1,36 +1,28 @@
 import dataclasses
 import re
-import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, flags, script
+from helpers import ROOT, flags, flags_of, script, train
 
-import generate
 import train_llm
 import train_multimodal
 import train_vqvae
-from common import (
-    Count,
-    UserError,
-    check_run,
-    load_config,
-    milestones,
-    open_run,
-    ramp,
-    run_script,
-    to_plain,
-    trapezoid,
-)
+from common.config import HumanInt, UserError, load_config, run_script, to_plain
+from common.run import check_run, open_run
 from model import Llama
-from tools import bench, record, score_images
 from vqvae import VQVAE
 
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+STAGES = {"llm": train_llm, "vqvae": train_vqvae, "multimodal": train_multimodal}
 
 
+def stage_of(path: Path):
+    return STAGES[path.stem.split("_")[0]]
+
+
+# ---- numbers
 @pytest.mark.parametrize(
     "written, number",
     [
@@ -43,44 +35,35 @@ CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
         (7, 7),
     ],
 )
-def test_counts(written, number):
-    assert Count(written) == number
+def test_integers_may_be_written_with_a_suffix(written, number):
+    assert HumanInt(written) == number
 
 
 @pytest.mark.parametrize("written", ["20X", "1.5", "M", "", "1e-3", "20MM"])
-def test_what_is_no_count(written):
-    with pytest.raises(ValueError, match="is no count"):
-        Count(written)
+def test_other_text_is_not_an_integer(written):
+    with pytest.raises(ValueError, match="is not an integer"):
+        HumanInt(written)
 
 
-def test_flags_go_before_the_file_and_the_file_before_defaults(workdir):
+# ---- files and flags
+@pytest.mark.parametrize("files", [["--config", "c.yaml"], ["--config=c.yaml"]])
+def test_flags_override_files_wherever_they_stand(workdir, files):
     Path("c.yaml").write_text("tokens: 20M\nadamw_wd: 3e-4\nmodel:\n  n_layers: 3\n  d_ff: 64\n")
-    Path("later.yaml").write_text("muon_lr: 0.5\nadamw_wd: 3e-4\n")
-    for files in (["--config", "c.yaml"], ["--config=c.yaml"]):
-        cfg = load_config(
-            train_llm.Config,
-            [*files, "--model.d_ff", "96", "--muon_lr", "1e-2", "--config", "later.yaml"],
-        )
-        assert cfg == load_config(
-            train_llm.Config,
-            ["--model.d_ff=96", *files, "--config=later.yaml", "--muon_lr", "1e-2"],
-        )
-    assert (cfg.tokens, cfg.adamw_wd, cfg.muon_lr, cfg.model.n_layers, cfg.model.d_ff) == (
-        20_000_000,
-        3e-4,
-        0.01,
-        3,
-        96,
-    )
+    Path("later.yaml").write_text("muon_lr: 0.5\n")
+    argv = ["--model.d_ff", "96", *files, "--muon_lr", "1e-2", "--config", "later.yaml"]
+    cfg = load_config(train_llm.Config, argv)
+    values = (cfg.tokens, cfg.adamw_wd, cfg.muon_lr, cfg.model.n_layers, cfg.model.d_ff)
+    assert values == (20_000_000, 3e-4, 0.01, 3, 96)
+
+
+def test_settings_that_are_not_given_keep_their_defaults(workdir):
+    cfg = load_config(train_llm.Config, ["--model.d_ff", "96"])
     assert cfg.model.n_heads == train_llm.Config().model.n_heads
 
 
-STAGES = {"llm": train_llm, "vqvae": train_vqvae, "multimodal": train_multimodal}
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_file_makes_a_model(path):
-    module = STAGES[path.stem.split("_")[0]]
+def test_every_config_file_makes_a_model_of_at_most_90m_parameters(path):
+    module = stage_of(path)
     cfg = load_config(module.Config, ["--config", str(path)])
     module.resolve_recipe(cfg)
     with torch.device("meta"):
@@ -89,41 +72,73 @@ def test_every_config_file_makes_a_model(path):
 
 
 @pytest.mark.parametrize("name", ["llm_88m", "vqvae_cifar10", "multimodal_cifar10"])
-def test_the_real_files_say_what_the_defaults_are(name):
-    module = STAGES[name.split("_")[0]]
-    assert (
-        load_config(module.Config, ["--config", str(ROOT / f"configs/{name}.yaml")])
-        == module.Config()
-    )
+def test_the_reference_files_equal_the_defaults(name):
+    path = ROOT / f"configs/{name}.yaml"
+    config_class = stage_of(path).Config
+    assert load_config(config_class, ["--config", str(path)]) == config_class()
 
 
-def test_the_multimodal_model_has_40m_parameters_and_fits_the_visual_tokenizer():
-    config, vqvae = train_multimodal.Config().model, train_vqvae.Config().model
+def test_the_multimodal_model_has_40m_parameters():
     with torch.device("meta"):
-        assert 39e6 < Llama(config).n_params() < 41e6
-    assert (
-        config.vocab_size == 49_152 + 2 + vqvae.codebook_size
-        and vqvae.grid**2 == 1024 < config.seq_len
-    )
+        model = Llama(train_multimodal.Config().model)
+    assert 39e6 < model.n_params() < 41e6
 
 
-def test_resolved_config_of_a_run_gives_the_same_run(workdir):
-    cfg = load_config(train_llm.Config, flags(muon_lr=3e-4, run="a"))
-    train_llm.resolve_recipe(cfg)
+def test_the_multimodal_model_fits_the_image_tokenizer():
+    config, vqvae = train_multimodal.Config().model, train_vqvae.Config().model
+    assert config.vocab_size == 49_152 + 2 + vqvae.codebook_size
+    assert vqvae.grid**2 == config.n_image_positions < config.seq_len
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_resolved_config_of_a_run_gives_the_same_run(workdir, stage):
+    module = STAGES[stage]
+    cfg = load_config(module.Config, flags_of(module, run="a"))
+    module.resolve_recipe(cfg)
     open_run(cfg, check_run(cfg))
-    again = load_config(train_llm.Config, ["--config", "runs/a/config.yaml"])
-    train_llm.resolve_recipe(again)
-    assert to_plain(again) == to_plain(cfg) and "auto" not in (
-        cfg.muon_wd,
-        cfg.adamw_lr,
-        cfg.adamw_beta2,
-    )
+    again = load_config(module.Config, ["--config", "runs/a/config.yaml"])
+    module.resolve_recipe(again)
+    assert to_plain(again) == to_plain(cfg)
+    assert again.stage == stage
 
 
+def test_the_config_of_another_stage_is_refused(workdir):
+    train(run="a", tokens=256)
+    with pytest.raises(UserError, match="--stage: .*llm"):
+        load_config(train_vqvae.Config, ["--config", "runs/a/config.yaml"])
+
+
+# ---- recipe
+@pytest.mark.parametrize(
+    "tokens, steps, batch_tokens, muon_lr, adamw_lr",
+    [("8M", 976, 8192, 0.015, 0.006), ("1B", 61_035, 16_384, 0.00781, 0.00163)],
+)
+def test_the_recipe_follows_from_the_budget(tokens, steps, batch_tokens, muon_lr, adamw_lr):
+    cfg = train_llm.Config(tokens=HumanInt(tokens))
+    assert train_llm.resolve_recipe(cfg) == steps
+    assert cfg.batch_tokens == batch_tokens
+    assert (cfg.muon_lr, cfg.adamw_lr) == pytest.approx((muon_lr, adamw_lr), rel=1e-2)
+    assert cfg.muon_lr * cfg.muon_wd * steps == pytest.approx(2)
+
+
+@pytest.mark.parametrize("tokens, half_life", [("8M", 1e6), ("1B", 5e6)])
+def test_the_half_life_of_the_second_moment_follows_from_the_budget(tokens, half_life):
+    cfg = train_llm.Config(tokens=HumanInt(tokens))
+    train_llm.resolve_recipe(cfg)
+    assert cfg.adamw_beta2 ** (half_life / cfg.batch_tokens) == pytest.approx(0.5)
+
+
+def test_the_weight_decay_of_a_short_run_is_capped():
+    cfg = train_llm.Config(tokens=HumanInt("100k"))
+    assert train_llm.resolve_recipe(cfg) == 48
+    assert cfg.muon_lr * cfg.muon_wd == pytest.approx(0.02)
+
+
+# ---- wrong input
 BAD = {
     "--modle.n_layers=3": "modle.n_layers",
-    "--model.n_layer=3": "did you mean model.n_layers?",
-    "--tokens=20X": "'20X' is no count",
+    "--model.n_layer=3": "did you mean --model.n_layers?",
+    "--tokens=20X": "'20X' is not an integer",
     "--model.n_layers=2.5": "--model.n_layers: Expected a <class 'int'>. Got value: 2.5",
     "--muon_lr=fast": "--muon_lr: ",
     "--tokens=-5": "--tokens is -5",
@@ -131,47 +146,50 @@ BAD = {
     "--model.d_ff=0": "model.d_ff is 0",
     "--model.n_kv_heads=3": "n_heads 4 is not divisible by model.n_kv_heads 3",
     "--model.vocab_size=70000": "uint16",
-    "--batch_tokens=100": "100 is not divisible by --model.seq_len 32: set it to 128",
+    "--batch_tokens=100": "100 is not divisible by --model.seq_len 32; set it to 128",
     "--micro_batch=3": "3 does not divide the 4 sequences",
     "--micro_batch=0": "--micro_batch is 0",
     "--config=none.yaml": "none.yaml",
-    "--cooldown_frac=2": "--cooldown_frac 2.0 is no share",
+    "--cooldown_frac=2": "--cooldown_frac is 2.0; it must be between 0 and 1",
     "--device=gpu": "--device gpu",
-    "--run=a/b": "'a/b' is no name",
+    "--run=a/b": "'a/b' is not a valid name",
     "--tokens=100": "less than one step",
     "--data.val_fraction=1": "val_fraction",
     "--data.source=none.parquet": "none.parquet",
     "--data.tokenizer=bpe-5": "257",
     "--model.vocab_size=299": "--model.vocab_size is 299",
     "--tokens=1M": "lower the budget to",
-    "--run=taken": "--resume, choose another --run",
+    "--run=taken": "add --resume, choose another --run",
     "--data.val_source=empty.txt": "empty.txt",
     "--seed=-1": "--seed is -1",
-    "--model.cells=4": "--model.cells 4: text has no cells",
+    "--model.n_image_positions=4": "text has no image positions",
     "--model.canon=32": "model.canon is 32",
+    "--stage=vqvae": "--stage: ",
 }
 
 
 @pytest.mark.parametrize("flag", BAD)
-def test_bad_input_is_one_clear_line(workdir, flag):
+def test_wrong_input_is_one_line_and_leaves_nothing_behind(workdir, flag):
     Path("runs/taken").mkdir(parents=True)
     Path("empty.txt").write_text("")
     with pytest.raises(UserError) as error:
         train_llm.main(load_config(train_llm.Config, [*flags(run="new"), flag]))
-    assert BAD[flag] in str(error.value) and "\n" not in str(error.value)
-    assert not Path("runs/new").exists() and not list(Path("runs/taken").iterdir())
+    assert BAD[flag] in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path("runs/new").exists()
+    assert not list(Path("runs/taken").iterdir())
 
 
-def test_unknown_key_in_a_file_is_refused(workdir):
+def test_an_unknown_setting_in_a_file_is_refused(workdir):
     Path("c.yaml").write_text("model:\n  n_layer: 3\n")
-    with pytest.raises(UserError, match="n_layer.*did you mean model.n_layers"):
+    with pytest.raises(UserError, match="n_layer.*did you mean --model.n_layers"):
         load_config(train_llm.Config, ["--config", "c.yaml"])
 
 
-def test_bad_input_ends_a_script_with_one_line_and_code_2(workdir):
+def test_wrong_input_ends_a_script_with_exit_code_2(workdir):
     done = script("train_llm.py", "--tokens", "20X")
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(r"error: --tokens: .*'20X' is no count: .*\n", done.stderr)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: --tokens: .*'20X' is not an integer; .*\n", done.stderr)
 
 
 def test_out_of_memory_names_the_flag_to_lower(monkeypatch, capsys):
@@ -180,102 +198,35 @@ def test_out_of_memory_names_the_flag_to_lower(monkeypatch, capsys):
 
     monkeypatch.setattr("sys.argv", ["train_llm.py"])
     with pytest.raises(SystemExit) as stop:
-        run_script(train_llm.Config, main)
-    assert stop.value.code == 2 and re.fullmatch(
-        r"error: out of memory .*lower --micro_batch.*\n", capsys.readouterr().err
-    )
+        run_script(main, train_llm.Config)
+    assert stop.value.code == 2
+    errors = capsys.readouterr().err
+    assert re.fullmatch(r"error: out of memory .*lower --micro_batch.*\n", errors)
 
 
-def test_help_lists_every_setting_with_its_default(workdir):
-    done = script("train_llm.py", "--help")
-    for field in dataclasses.fields(train_llm.Config):
-        assert f"--{field.name}" in done.stdout
-    assert "--model.n_layers" in done.stdout and "Query heads. (type: int, default: 8)" in " ".join(
-        done.stdout.split()
-    )
+# ---- help
+@pytest.fixture(scope="module", params=[f"train_{stage}.py" for stage in STAGES])
+def help_text(request):
+    done = script(request.param, "--help")
+    return STAGES[request.param[6:-3]], " ".join(done.stdout.split())
 
 
-def test_schedules():
-    factors = [trapezoid(step / 100, 0.1, 0.4, 0.05) for step in range(1, 101)]
-    assert (
-        factors[0] == pytest.approx(0.1)
-        and factors[9:60] == [1.0] * 51
-        and factors[-1] == pytest.approx(0.05)
-    )
-    assert all(a > b for a, b in zip(factors[60:], factors[61:])) and all(
-        a < b for a, b in zip(factors[:9], factors[1:])
-    )
-    assert [trapezoid(step / 100, 0, 0, 0) for step in range(1, 101)] == [1.0] * 100
-    assert [ramp(p, 0.85, 0.95, 0.2) for p in (0.1, 0.2, 1.0)] == pytest.approx([0.9, 0.95, 0.95])
-    assert ramp(0.01, 0.85, 0.95, 0) == 0.95
+def test_help_lists_every_setting(help_text):
+    module, text = help_text
+    missing = [f.name for f in dataclasses.fields(module.Config) if f"--{f.name}" not in text]
+    assert missing == []
 
 
-def test_milestones():
-    assert milestones(244, 0.25) == {61, 122, 183, 244}
-    assert (
-        milestones(10, 0.1) == set(range(1, 11))
-        and milestones(7, 0) == {7}
-        and milestones(3, 0.1) == {1, 2, 3}
-    )
+def test_help_explains_every_setting_with_type_and_default(help_text):
+    module, text = help_text
+    names = [field.name for field in dataclasses.fields(module.Config)]
+    options = [name for name in names if name not in ("data", "model")]
+    described = [rf"--{name} [^-].{{10,600}}?\(type: " for name in options]
+    assert [p for p in described if not re.search(p, text)] == []
 
 
-def test_recipe_follows_the_budget():
-    small, large = train_llm.Config(), train_llm.Config(tokens=Count("1B"))
-    assert (train_llm.resolve_recipe(small), train_llm.resolve_recipe(large)) == (976, 61_035)
-    assert (small.batch_tokens, large.batch_tokens) == (8192, 16_384)
-    assert (small.muon_lr, small.adamw_lr) == (0.015, 0.006)
-    assert (large.muon_lr, large.adamw_lr) == pytest.approx((0.00781, 0.00163), rel=1e-2)
-    assert (
-        small.muon_lr * small.muon_wd * 976
-        == pytest.approx(2)
-        == large.muon_lr * large.muon_wd * 61_035
-    )
-    tiny = train_llm.Config(tokens=Count("100k"))
-    assert (
-        train_llm.resolve_recipe(tiny) == 48
-        and tiny.batch_tokens == 2048
-        and tiny.muon_lr * tiny.muon_wd == pytest.approx(0.02)
-    )
-    assert (
-        small.adamw_beta2 ** (1e6 / 8192)
-        == pytest.approx(0.5)
-        == large.adamw_beta2 ** (5e6 / 16_384)
-    )
-
-
-@pytest.mark.parametrize(
-    "page",
-    [
-        ROOT / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-        ROOT / "train_llm.py",
-        ROOT / "generate.py",
-        ROOT / "README_Multimodal.md",
-        ROOT / "train_vqvae.py",
-        ROOT / "train_multimodal.py",
-        ROOT / "tools/bench.py",
-        ROOT / "tools/score_images.py",
-        ROOT / "tools/record.py",
-    ],
-    ids=lambda path: path.name,
-)
-def test_commands_in_the_docs_are_understood(page, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    scripts = {
-        "train_llm.py": train_llm,
-        "train_vqvae.py": train_vqvae,
-        "train_multimodal.py": train_multimodal,
-        "generate.py": generate,
-        "-m tools.bench": bench,
-        "-m tools.score_images": score_images,
-        "-m tools.record trials": SimpleNamespace(Config=record.TrialsConfig),
-    }
-    commands = re.findall(
-        rf"python ({'|'.join(map(re.escape, scripts))})((?:[^\n`#|\\]|\\\n)*)", page.read_text()
-    )
-    assert commands or page.parent.name == "docs"
-    for name, rest in commands:
-        arguments = [
-            a for a in shlex.split(rest.replace("\\\n", " ")) if a not in ("--resume", "--help")
-        ]
-        load_config(scripts[name].Config, arguments)
+def test_help_starts_with_the_scripts_name_and_purpose(help_text):
+    module, text = help_text
+    assert text.startswith(f"usage: {module.__name__}.py ")
+    purpose = " ".join(module.__doc__.split("\n\n")[0].split())
+    assert purpose in text.replace("- ", "-")  # argparse breaks lines at hyphens

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from common.config import UserError
 from common.device import Clock
-from common.loop import trapezoid
+from common.loop import trapezoid, update
 
 SIDE = 32  # side in pixels of the images that the network reads
 
@@ -147,8 +147,7 @@ def train_classifier(
                 logits = model(x)  # (B, classes)
             loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            update([optimizer])
             totals += torch.stack([loss.detach(), (logits.argmax(1) == y).float().mean()])
         clock.stop()
         loss, accuracy = (totals / steps).tolist()
@@ -157,9 +156,8 @@ def train_classifier(
             f"accuracy on training batches {accuracy:.3f} | {clock.seconds:.1f} s"
         )
         if not math.isfinite(loss):
-            raise UserError(
-                f"classifier: loss {loss} in epoch {epoch + 1}; lower the recipe's lr {recipe.lr}"
-            )
+            remedy = f"lower the recipe's lr {recipe.lr}"
+            raise UserError(f"classifier: loss {loss} in epoch {epoch + 1}; {remedy}")
     return model.eval()
 
 
