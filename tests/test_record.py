@@ -499,9 +499,7 @@ BAD_TRIALS = {
     "runs/new-seed2 is not finished": Path("runs/new-seed2/summary.json").unlink,
     "runs/new-seed2 is not a run folder": Path("runs/new-seed2/config.yaml").unlink,
     "runs/new-seed2 is damaged": lambda: Path("runs/new-seed2/summary.json").write_text("{"),
-    "runs/new-seed2 does not say its val_loss": lambda: Path(
-        "runs/new-seed2/summary.json"
-    ).write_text("{}"),
+    "runs/new-seed2 has no val_loss": lambda: Path("runs/new-seed2/summary.json").write_text("{}"),
     "runs/new-seed2 is a run of stage vqvae": lambda: change_config("llm", "vqvae"),
     "runs/new-seed2 has val_loss nan": lambda: change_summary(val_loss=float("nan")),
     "the last evaluation in metrics.jsonl disagree": lambda: change_summary(val_loss=4.1),

@@ -138,7 +138,7 @@ def test_the_start_of_the_output_describes(run, name):
 # ---- data and model
 def test_without_a_gpu_a_long_run_names_the_demo(workdir, monkeypatch, capsys):
     monkeypatch.setattr(train_llm, "matmul_flops", lambda device: 1e5)
-    train(run="a", tokens=256)
+    train(run="a")
     assert "no GPU: this will take about" in capsys.readouterr().out
 
 

@@ -272,11 +272,12 @@ def other_runs(workspace, language_model, summary):
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--vqvae=coarse", "the VQ-VAE's grid has 4 x 4 positions; set it to 16"),
+        ("--vqvae=coarse", "the VQ-VAE has a 4 x 4 grid; set it to 16"),
         ("--vqvae=few", "the 8 codes of the VQ-VAE need 310; set it to 310"),
         ("--vqvae=", "--vqvae is missing; pass a run of train_vqvae.py"),
         ("--vqvae=lm", "runs/lm is not a train_vqvae.py run"),
         ("--init_from=v", "--init_from v is not a train_llm.py run"),
+        ("--top_p=0", "--top_p is 0.0; it must be positive"),
         ("--model.subwords=5", "--model.subwords is 5; image tokens have no spelling"),
         (f"--sample_prompts=['{'z' * 99}']", "the prompt has 99 tokens"),
         ("--text_frac=0.01", "--text_frac 0.01 makes 0 of 8 sequences text"),
