@@ -44,7 +44,8 @@ class Config:
     n: int = 1
     """Number of continuations or images."""
     max_tokens: int = 200
-    """Maximum length of a continuation in tokens; it also ends at the model's seq_len."""
+    """Maximum length of a continuation in tokens; generation also stops when prompt and
+    continuation reach the model's seq_len."""
     temperature: float | Literal["auto"] = "auto"
     """Sampling temperature. 0: always the most likely token; 1: the model's own distribution.
     auto: 0.8 for text, the value in the run's config.yaml for images."""
@@ -60,12 +61,12 @@ class Config:
     seed: int = 0
     """Random seed. Continuation or image i uses seed + i, so it does not depend on n."""
     out: str | None = None
-    """PNG file for the image, or for a grid of n images, which are then also saved one by one in a
-    folder of that name. null: a file in the run's folder generated/."""
+    """PNG file to write. If n is more than 1, it is a grid, and each image is also saved in a
+    folder of the same name. null: a file in runs/NAME/generated/."""
     device: str = "auto"
     """Device: cpu, cuda, ... auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype. auto: bfloat16 if the GPU supports it."""
+    """Compute dtype. auto: bfloat16 on GPUs with native bfloat16, otherwise float32."""
 
 
 def read_prompt(prompt: str | None) -> str:

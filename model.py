@@ -41,7 +41,8 @@ class ModelConfig:
     """Shape of the model."""
 
     vocab_size: int = 49_152
-    """Number of token embeddings; at least the size of the tokenizer, at most 65,536."""
+    """Number of token embeddings, at most 65,536. Text: at least the size of the tokenizer. With
+    images: exactly the size of the tokenizer + 2 + the number of codes."""
     d_model: int = 512
     """Width of the residual stream in channels; a multiple of 2 * n_heads."""
     n_layers: int = 22
@@ -331,7 +332,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def fold_subwords(self) -> "Llama":
-        """Fold the subword embeddings into `embed` after training; the function stays the same."""
+        """Fold the subword embeddings into `embed` after training; the outputs do not change."""
         self.embed.weight.copy_(self.embed_tokens(slice(None)))
         self.config = replace(self.config, subwords=0)
         self.subwords = self.token_subwords = None

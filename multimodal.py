@@ -37,7 +37,7 @@ class ImageTextFormat:
         if self.vocab_size != model.vocab_size:
             raise UserError(
                 f"--model.vocab_size is {model.vocab_size}, but {self.n_text} text tokens, two "
-                f"markers and the {codes.codebook_size} codes of the VQ-VAE need "
+                f"special tokens and the {codes.codebook_size} codes of the VQ-VAE need "
                 f"{self.vocab_size}; set it to {self.vocab_size} or choose another --vqvae"
             )
         if model.n_image_positions != self.n_image_tokens:
@@ -141,6 +141,6 @@ def image_text_losses(
     return image, text / scored.sum().clamp(min=1)
 
 
-def text_loss(model: Llama, fmt: ImageTextFormat, windows: Tensor) -> Tensor:
+def plain_text_loss(model: Llama, fmt: ImageTextFormat, windows: Tensor) -> Tensor:
     """Mean loss () in nats per token of plain text, windows (B, T + 1)."""
     return model.loss(model.hidden(windows[:, :-1]), windows[:, 1:], fmt.text_slice)

@@ -65,32 +65,34 @@ class Config(RunConfig):
     """Muon's peak learning rate, for the weight matrices of the blocks. auto: 0.015 up to 20M
     tokens, then proportional to tokens^(-1/6)."""
     muon_wd: float | Literal["auto"] = "auto"
-    """Muon's weight decay. auto: 2 / (muon_lr * steps), so that the whole run at the peak learning
-    rate would shrink weights by e^-2, but at most 0.02 / muon_lr."""
+    """Muon's weight decay. auto: 2 / (muon_lr * steps), at most 0.02 / muon_lr. A run at the peak
+    learning rate throughout would then shrink the weights to e^-2 of their size."""
     adamw_lr: float | Literal["auto"] = "auto"
     """AdamW's peak learning rate, for embeddings, norms and Canon layers; subword embeddings use
     0.3 times this. auto: 0.006 up to 20M tokens, then proportional to tokens^(-1/3)."""
     adamw_wd: float = 0.0
     """AdamW's weight decay."""
     adamw_beta2: float | Literal["auto"] = "auto"
-    """AdamW's decay rate of the second moment. auto: a half-life of tokens / 8, at most 5M
-    tokens."""
+    """AdamW's beta2, the decay rate of the second moment. auto: a half-life of 1/8 of the budget,
+    at most 5M tokens."""
     warmup_frac: float = 0.0
-    """Fraction of the budget over which the learning rate rises to its peak."""
+    """Fraction of the budget for the linear learning-rate warm-up. 0: no warm-up."""
     cooldown_frac: float = 0.8
-    """Fraction of the budget, at the end, over which the learning rate falls."""
+    """Final fraction of the budget over which the learning rate decays linearly to lr_floor times
+    its peak. 0: no cooldown."""
     lr_floor: float = 0.02
     """Final learning rate as a fraction of the peak."""
     grad_clip: float = 0.0
     """Maximum norm of the gradient. 0: no clipping."""
     eval_tokens: HumanInt = HumanInt("1M")
-    """Validation tokens per evaluation, spaced evenly over the prepared ones."""
+    """Validation tokens per evaluation, in sequences evenly spaced over the validation set
+    (data.val_tokens)."""
     sample_prompts: list[str] = field(
         default_factory=lambda: ["The reason why the sky is blue is", "Once upon a time"]
     )
     """Prompts that are continued at every evaluation."""
     sample_tokens: int = 64
-    """Length of those continuations in tokens."""
+    """Length in tokens of each continuation sampled at an evaluation."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig(n_layers=21, subwords=1024, value_embed=True, canon=3)
@@ -105,8 +107,13 @@ def resolve_recipe(cfg: Config) -> int:
     seq_len = cfg.model.seq_len
     if cfg.model.n_image_positions:
         raise UserError(
-            f"--model.n_image_positions is {cfg.model.n_image_positions}; text has no image "
-            "positions, so leave it at 0"
+            f"--model.n_image_positions is {cfg.model.n_image_positions}, but a language model has "
+            "no image positions; set it to 0"
+        )
+    if cfg.eval_tokens < seq_len:
+        raise UserError(
+            f"--eval_tokens {cfg.eval_tokens} is less than one sequence; set it to "
+            f"--model.seq_len ({seq_len}) or more"
         )
     if cfg.batch_tokens == "auto":
         sequences = min(16_384, cfg.tokens / 1000) / seq_len
@@ -114,7 +121,7 @@ def resolve_recipe(cfg: Config) -> int:
     if cfg.batch_tokens % seq_len:
         raise UserError(
             f"--batch_tokens {cfg.batch_tokens} is not divisible by --model.seq_len {seq_len}; "
-            f"set it to {(cfg.batch_tokens // seq_len + 1) * seq_len}"
+            f"set it to {max(1, cfg.batch_tokens // seq_len + 1) * seq_len}"
         )
     steps = resolve_steps(cfg, "tokens", "batch_tokens")
     if cfg.muon_lr == "auto":
@@ -159,11 +166,16 @@ def load_data(cfg: Config, tokenizer, steps: int) -> tuple[Tokens, Tokens, int]:
     )
     needed = steps * cfg.batch_tokens // seq_len
     n_windows = min((len(train) - 1) // seq_len, needed)
-    if n_windows < 1 or needed > n_windows and not cfg.allow_repeat:
+    if n_windows < 1:
         raise UserError(
-            f"--tokens {cfg.tokens}: the data source has only {len(train)} tokens; lower the "
-            f"budget to {n_windows * seq_len}, add data, or set --allow_repeat for "
-            f"{needed / max(1, n_windows):.1f} epochs"
+            f"the training split has only {len(train)} tokens, but one sequence needs "
+            f"{seq_len + 1}; add data or lower --model.seq_len"
+        )
+    if needed > n_windows and not cfg.allow_repeat:
+        raise UserError(
+            f"--tokens is {cfg.tokens}, but the training split has only {len(train)} tokens; set "
+            f"--tokens {n_windows * seq_len}, add data, or pass --allow_repeat to train for "
+            f"{needed / n_windows:.1f} epochs"
         )
     return train, val, n_windows
 
@@ -243,7 +255,8 @@ def main(cfg: Config) -> dict:
     if len(tokenizer) > cfg.model.vocab_size:
         raise UserError(
             f"tokenizer {cfg.data.tokenizer} has {len(tokenizer)} entries, but --model.vocab_size "
-            f"is {cfg.model.vocab_size}; set it to {len(tokenizer)} or more"
+            f"is {cfg.model.vocab_size}; set it to {len(tokenizer)} or more, or choose a smaller "
+            "tokenizer (at most 65536 entries)"
         )
     train, val, n_windows = load_data(cfg, tokenizer, steps)
     val_windows = eval_windows(val, seq_len, cfg.eval_tokens // seq_len)  # (N, T + 1)

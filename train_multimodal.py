@@ -51,7 +51,7 @@ from data.order import batch_epochs, batch_indices, evenly_spaced, prefetch
 from data.source import file_sha256
 from data.text import DataConfig, Tokens, prepare_tokens
 from model import Llama, ModelConfig
-from multimodal import ImageTextFormat, image_text_losses, text_loss
+from multimodal import ImageTextFormat, image_text_losses, plain_text_loss
 from muon import build_optimizers
 from sampling import generate_images, load_vqvae
 from vqvae import VQVAE
@@ -73,21 +73,24 @@ class Config(RunConfig):
     stage: Literal["multimodal"] = "multimodal"
     """Stage that the run belongs to; fixed for this script."""
     vqvae: str = ""
-    """Run of train_vqvae.py whose codes are the image tokens; the new run keeps a copy of it."""
+    """Required: the train_vqvae.py run (name, folder or checkpoint) to use as the image tokenizer.
+    The new run keeps a copy of it."""
     init_from: str = ""
-    """Run of train_llm.py, of the same model shape and tokenizer, to take the initial weights from.
-    Empty: random weights."""
+    """A train_llm.py run (name, folder or checkpoint) with the same model shape and tokenizer, to
+    initialize the weights from. Empty: random initialization."""
     sequences: HumanInt = HumanInt("1M")
     """Budget in training sequences."""
     batch_sequences: int = 128
     """Sequences per step."""
     text_frac: float = 0.0
-    """Fraction of the sequences that are plain text, so that the model keeps its language."""
+    """Fraction of the sequences in each batch that are plain text, which preserves the language
+    modeling ability of --init_from. 0: no plain text."""
     text_source: str | dict[str, float] = field(default_factory=lambda: DataConfig().source)
     """Source of the plain text: anything that --data.source of train_llm.py accepts."""
     caption_dropout: float = 0.1
-    """Fraction of captions dropped in training, which classifier-free guidance needs."""
-    text_weight: float = 0.1
+    """Fraction of captions dropped in training (caption dropout), which enables classifier-free
+    guidance. 0: no dropout."""
+    caption_weight: float = 0.1
     """Weight of the caption loss; the image loss has weight 1."""
     muon_lr: float = 0.02
     """Muon's peak learning rate, for the weight matrices of the blocks."""
@@ -98,9 +101,10 @@ class Config(RunConfig):
     adamw_beta2: float = 0.98
     """AdamW's decay rate of the second moment."""
     warmup_frac: float = 0.02
-    """Fraction of the budget over which the learning rate rises to its peak."""
+    """Fraction of the budget for the linear learning-rate warm-up. 0: no warm-up."""
     cooldown_frac: float = 0.6
-    """Fraction of the budget, at the end, over which the learning rate falls."""
+    """Final fraction of the budget over which the learning rate decays linearly to lr_floor times
+    its peak. 0: no cooldown."""
     lr_floor: float = 0.05
     """Final learning rate as a fraction of the peak."""
     eval_every: float = 0.1
@@ -112,13 +116,15 @@ class Config(RunConfig):
     sample_n: int = 16
     """Images generated at every evaluation, always with the same seeds. 0: none."""
     guidance: float = 2.0
-    """Scale of classifier-free guidance for these samples, and generate.py's default for this run.
-    1: no guidance; more than 1: follow the prompt more strongly."""
+    """Scale of classifier-free guidance for images sampled at evaluations, and the default of
+    generate.py for this run. 0: ignore the prompt; 1: no guidance; more than 1: follow the prompt
+    more strongly."""
     temperature: float = 1.0
-    """Sampling temperature for these samples, and generate.py's default for images of this run."""
+    """Sampling temperature for images sampled at evaluations, and the default of generate.py for
+    this run. 0: always the most likely token; 1: the model's own distribution."""
     top_p: float = 1.0
-    """Nucleus sampling for these samples, and generate.py's default for images of this run. 1:
-    off."""
+    """Nucleus sampling for images sampled at evaluations, and the default of generate.py for this
+    run: sample from the most likely tokens whose probabilities add up to top_p. 1: all tokens."""
     data: CaptionConfig = field(default_factory=CaptionConfig)
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig(
@@ -141,19 +147,19 @@ def resolve_recipe(cfg: Config) -> tuple[int, int]:
     Raises UserError.
     """
     check_positive(cfg, "muon_lr", "adamw_lr", "eval_sequences", "top_p")
-    check_not_negative(cfg, "text_weight", "sample_n", "guidance", "temperature")
+    check_not_negative(cfg, "caption_weight", "sample_n", "guidance", "temperature")
     check_fractions(cfg, "top_p", "text_frac", "caption_dropout", "adamw_beta2", "lr_floor")
     steps = resolve_steps(cfg, "sequences", "batch_sequences")
     n_text = round(cfg.text_frac * cfg.batch_sequences)
     if cfg.text_frac and not 0 < n_text < cfg.batch_sequences:
         raise UserError(
             f"--text_frac {cfg.text_frac} makes {n_text} of {cfg.batch_sequences} sequences text; "
-            "choose a fraction that leaves some of both, or 0"
+            "set it to 0, or so that each batch has both text and images"
         )
     if cfg.model.subwords:
         raise UserError(
-            f"--model.subwords is {cfg.model.subwords}; image tokens have no spelling, so leave it "
-            "at 0"
+            f"--model.subwords is {cfg.model.subwords}, but subword embeddings are for text-only "
+            "models; set it to 0"
         )
     if cfg.muon_wd == "auto":
         cfg.muon_wd = min(4 / steps, 0.02) / cfg.muon_lr
@@ -285,8 +291,8 @@ def batch_reader(
         epochs = batch_epochs(step, n_images, len(train))
         captions = [caption(train, i, e) for i, e in zip(indices, epochs, strict=True)]
         prompts = [fmt.prompt(text, truncate=True) for text in captions]
-        draws = np.random.default_rng((cfg.seed, step)).random(n_images)
-        has_caption = draws >= cfg.caption_dropout
+        uniforms = np.random.default_rng((cfg.seed, step)).random(n_images)
+        has_caption = uniforms >= cfg.caption_dropout
         for i in np.flatnonzero(~has_caption):
             prompts[i] = fmt.uncond(prompts[i])
         windows = None
@@ -307,7 +313,7 @@ def load_language_model(model: Llama, name: str, tokenizer) -> None:
     """
     run, checkpoint, config = find_run(name)
     if config["stage"] != "llm":
-        raise UserError(f"--init_from {name} is not a train_llm.py run; pass one")
+        raise UserError(f"--init_from {name} is not a train_llm.py run; pass one or omit it")
     source = build_from_saved(ModelConfig, config["model"], run)
     shared = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta")
     for key in (*shared, "value_embed", "canon"):
@@ -340,7 +346,7 @@ def make_losses(cfg: Config, model: Llama, fmt: ImageTextFormat) -> tuple[Callab
         return image_text_losses(model, fmt, tokens, starts, has_caption)
 
     def plain_text(windows: Tensor) -> Tensor:
-        return text_loss(model, fmt, windows)
+        return plain_text_loss(model, fmt, windows)
 
     if not cfg.compile:
         return image_text, plain_text
@@ -362,7 +368,7 @@ def backward(
     for part in zip(*(t.split(cfg.micro_batch) for t in sequences), strict=True):
         image, text = image_text(*part)
         fraction = len(part[0]) / n_images
-        loss = (image + cfg.text_weight * text) * fraction
+        loss = (image + cfg.caption_weight * text) * fraction
         (loss * n_images / batch).backward()
         total[:2] += torch.stack([image, text]).detach() * fraction
     for part in windows.split(cfg.micro_batch) if windows is not None else ():
@@ -504,7 +510,7 @@ def main(cfg: Config) -> dict:
         if image < min((row["val_loss"] for row in evaluations(run)), default=math.inf):
             best = {"step": step, "val_loss": image}
             save_checkpoint(run, model, [], best, place="best", keep=1)
-        metrics.row(step=step, val_loss=image, val_text_loss=caption)
+        metrics.row(step=step, val_loss=image, val_caption_loss=caption)
         bits = image / math.log(2)
         metrics.line(
             f"val {step}/{steps} | image tokens {image:.4f} nats, {bits:.3f} bits | "
@@ -527,10 +533,10 @@ def main(cfg: Config) -> dict:
             total = backward(cfg, losses, sequences, windows)
             norm = clipped_norm(model)
             numbers = check_finite(run, step, "--muon_lr", *total, norm)
-            loss, caption_loss, plain_text_loss, norm = numbers
+            loss, caption_loss, text_loss, norm = numbers
             update(optimizers)
-            extra = {"plain_text_loss": plain_text_loss} if n_text else {}
-            values = {"loss": loss, "text_loss": caption_loss, **extra}
+            extra = {"plain_text_loss": text_loss} if n_text else {}
+            values = {"loss": loss, "caption_loss": caption_loss, **extra}
             after_step(step, **values, grad_norm=norm, lr=cfg.muon_lr * factor)
 
     # ---- summary
@@ -540,7 +546,7 @@ def main(cfg: Config) -> dict:
         model,
         steps * batch * cfg.model.seq_len,
         val_loss=best["val_loss"],
-        val_text_loss=best["val_text_loss"],
+        val_caption_loss=best["val_caption_loss"],
         best_step=best["step"],
         val_last=rows[-1]["val_loss"],
         bits_per_image_token=best["val_loss"] / math.log(2),

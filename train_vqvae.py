@@ -73,14 +73,14 @@ class Config(RunConfig):
     commit_weight: float = 0.25
     """Weight of the commitment loss, which keeps encoder outputs close to their codes."""
     warmup_frac: float = 0.05
-    """Fraction of the budget over which the learning rate rises to its peak."""
+    """Fraction of the budget for the linear learning-rate warm-up. 0: no warm-up."""
     cooldown_frac: float = 0.5
-    """Fraction of the budget, at the end, over which the learning rate falls to 0."""
+    """Final fraction of the budget over which the learning rate decays linearly to 0."""
     grad_clip: float = 1.0
     """Maximum norm of the gradient. 0: no clipping."""
     revive_every: int = 20
-    """Steps between searches for unused codes, which are replaced, in the first 0.8 of the budget.
-    After 0.95 of it the codebook is frozen."""
+    """Steps between replacements of unused codes. Replacement stops after 80% of the budget; after
+    95% the codebook is frozen."""
     eval_images: int = 500
     """Validation images per evaluation, evenly spaced over all of them."""
     probe_steps: int = 500
@@ -137,7 +137,7 @@ def backward(forward, images: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tens
     return torch.stack(losses).mean(0), torch.cat(vectors), torch.cat(codes)
 
 
-def kmeans_start(model: VQVAE, images: Tensor, per_step: int, generator: torch.Generator) -> None:
+def init_codebook(model: VQVAE, images: Tensor, per_step: int, generator: torch.Generator) -> None:
     """Initialize the codebook by k-means over encoder outputs of images (N, 3, S, S)."""
     with torch.no_grad():
         vectors = torch.cat([model(part)[2] for part in images.split(32)])  # (N * G * G, D)
@@ -212,8 +212,9 @@ def main(cfg: Config) -> dict:
     start_images = unaugmented_images(train, start_indices, size, device)
     if len(start_images) * shape.grid**2 < shape.codebook_size:
         raise UserError(
-            f"{len(train)} images have {len(start_images) * shape.grid**2} grid cells, fewer than "
-            f"--model.codebook_size {shape.codebook_size}; add images or lower it"
+            f"--model.codebook_size is {shape.codebook_size}, but the {len(start_images)} images "
+            f"that initialize it yield only {len(start_images) * shape.grid**2} vectors; lower "
+            "--model.codebook_size or --model.downsample, or add images (up to 256 are used)"
         )
     open_run(cfg, run)
 
@@ -243,7 +244,7 @@ def main(cfg: Config) -> dict:
     first, clock = state["step"], Clock(device, state["train_seconds"])
     if first == 0:
         state["palette_psnr"] = palette_psnr(start_images, val_images, shape, generator)
-        kmeans_start(model, start_images, codes_per_step, generator)
+        init_codebook(model, start_images, codes_per_step, generator)
     describe(cfg, run, first, model, train, len(val_images), len(val), state["palette_psnr"])
 
     # ---- warm-up

@@ -27,12 +27,12 @@ class VQVAEConfig:
     image_size: int = 128
     """Side length of the square images, in pixels."""
     downsample: int = 4
-    """Side length in pixels of the patch behind each image token; 4 turns a 128-pixel image into
-    32 x 32 tokens."""
+    """Side length in pixels of the patch that each image token encodes; 4 turns a 128-pixel image
+    into 32 x 32 tokens."""
     codebook_size: int = 1024
     """Number of codes in the codebook, which is the number of distinct image tokens."""
     code_dim: int = 8
-    """Dimensions of each code, at least 3; few dimensions keep all codes in use."""
+    """Dimensions of each code, at least 3; low-dimensional codes are less likely to go unused."""
     width: int = 128
     """Channels of the encoder and of the decoder."""
     n_blocks: int = 3

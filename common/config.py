@@ -64,12 +64,14 @@ class RunConfig:
     device: str = "auto"
     """Device to train on: cpu, cuda, cuda:1, ... auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; master weights stay float32. auto: bfloat16 if the GPU supports it."""
+    """Compute dtype; master weights stay float32. auto: bfloat16 on GPUs with native bfloat16,
+    otherwise float32."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to use torch.compile. auto: only on a GPU."""
     micro_batch: int | Literal["auto"] = "auto"
     """Sequences (or images) per forward pass. Smaller values use less memory; the batch size and
-    the result do not change. auto: what fits the device."""
+    the result do not change. auto: as many as fit in GPU memory; on a CPU, about 1,024 tokens. In
+    train_vqvae.py, auto is the whole batch."""
     gpu_hourly_usd: float = 0.0
     """Price of the machine in US dollars per hour, used for cost_usd in summary.json."""
     wandb: bool = False
@@ -176,7 +178,8 @@ def run_script(main, config_class=None, *, prog=None, description=None) -> None:
         stop(str(error), 2)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
-        stop(f"out of memory ({reason}); lower --micro_batch, which keeps the batch size", 2)
+        remedy = "lower --micro_batch (training), --n (generate.py) or --batch (score_images)"
+        stop(f"out of memory ({reason}); {remedy}", 2)
     except KeyboardInterrupt:
         stop("interrupted", 130)
 
@@ -207,8 +210,8 @@ def saved_config(run: Path) -> dict:
     config = yaml.safe_load((run / "config.yaml").read_text())
     if not isinstance(config, dict) or "stage" not in config:
         raise UserError(
-            f"{run} was made by an earlier version of this code, {made_by(run)}; "
-            "check out that commit to use it, or train again under another --run"
+            f"{run} was made by an earlier version of this code ({made_by(run)}); "
+            "use that version, or train again under another --run"
         )
     return config
 
@@ -229,8 +232,8 @@ def check_saved_keys(config: dict, known: set[str], run: Path) -> None:
     unknown = sorted((names | config.keys()) - known - groups)
     if unknown:
         raise UserError(
-            f"{run}/config.yaml has {unknown[0]}, which this version does not know; "
-            f"use {made_by(run)}"
+            f"{run}/config.yaml sets {unknown[0]}, which this version does not support; use the "
+            f"version that made it ({made_by(run)}), or train again under another --run"
         )
 
 
@@ -246,7 +249,7 @@ def made_by(run: Path) -> str:
         commit = json.loads((run / "env.json").read_text())["commit"]
     except (OSError, ValueError, KeyError):
         commit = None
-    return f"commit {commit}" if commit else "outside a git checkout"
+    return f"commit {commit}" if commit else "unknown commit"
 
 
 # ---- checks

@@ -26,6 +26,11 @@ def resolve_steps(cfg, budget: str, batch: str) -> int:
     check_positive(cfg, budget, batch)
     check_not_negative(cfg, "seed")
     check_fractions(cfg, "eval_every", "save_every", "warmup_frac", "cooldown_frac")
+    if cfg.warmup_frac + cfg.cooldown_frac > 1:
+        raise UserError(
+            f"--warmup_frac {cfg.warmup_frac} and --cooldown_frac {cfg.cooldown_frac} add up to "
+            "more than 1; lower one of them"
+        )
     total, per_step = getattr(cfg, budget), getattr(cfg, batch)
     steps = total // per_step
     if steps < 1:
@@ -115,10 +120,10 @@ def check_finite(run: Path, step: int, lr_flag: str, *values: Tensor) -> list[fl
     numbers = torch.stack(values).tolist()
     if not math.isfinite(sum(numbers)):
         saved = checkpoints(run)
+        last = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved"
         raise UserError(
-            f"loss {numbers[0]}, gradient norm {numbers[-1]} at step {step}; stopped before the "
-            f"weights changed, the last checkpoint is {saved[-1] if saved else None}; "
-            f"start another run with a lower {lr_flag}"
+            f"loss {numbers[0]}, gradient norm {numbers[-1]} at step {step}; stopped before "
+            f"updating the weights ({last}); start a new run with a lower {lr_flag}"
         )
     return numbers
 
@@ -128,10 +133,10 @@ class Interrupt:
 
     def __enter__(self):
         self.code = 0
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def note(self, number: int, frame) -> None:
+    def handle(self, number: int, frame) -> None:
         self.code = 128 + number
         self.__exit__()
 

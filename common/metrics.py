@@ -134,6 +134,7 @@ class Metrics:
         }
         write_text(self.run / "summary.json", json.dumps(summary, indent=2))
         print("\n".join(f"{key}: {value}" for key, value in summary.items()))
+        print(f"saved in {self.run}")
         return summary
 
 

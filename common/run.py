@@ -41,7 +41,8 @@ def check_run(cfg) -> Path:
             raise UserError(f"{run} exists; add --resume, choose another --run or delete it")
         return run
     if not (run / "config.yaml").exists():
-        raise UserError(f"--resume: there is no run at {run}; omit --resume to start it")
+        remedy = f"delete {run} and omit --resume" if run.exists() else "omit --resume"
+        raise UserError(f"--resume: {run} has no config.yaml; to start a new run, {remedy}")
     now, saved = flatten(to_plain(cfg)), flatten(saved_config(run))
     for key, value in now.items():
         if value != saved.get(key) and key not in MACHINE_KEYS:
@@ -114,7 +115,7 @@ def find_run(name: str) -> tuple[Path, Path, dict]:
     run = path if is_run else path.parent.parent
     candidates = [*checkpoints(run), *checkpoints(run, "best")] if is_run else [path]
     if not candidates or not (run / "config.yaml").exists():
-        raise UserError(f"{path} has no checkpoint; pass a run folder or one of its checkpoints")
+        raise UserError(f"{path} has no checkpoint; train it first, or pass another run")
     return run, candidates[-1], saved_config(run)
 
 
@@ -175,7 +176,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> di
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{folder} is damaged ({reason}); delete it to continue from the one before"
+            f"{folder} is damaged ({reason}); delete it to use the previous checkpoint, or train "
+            "again if there is none"
         ) from error
     saved = {name: tuple(w.shape) for name, w in weights.items()}
     expected = {name: tuple(w.shape) for name, w in model.state_dict().items()}

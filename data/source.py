@@ -63,8 +63,8 @@ def records(source: str, column: str, revision: str | None) -> Iterator[dict]:
 
     Raises UserError.
     """
-    if source == "stdlib":
-        yield from ({column: text} for text in stdlib_texts() if text.strip())
+    if source in BUILT_IN:
+        yield from ({column: text} for text in BUILT_IN[source]() if text.strip())
         return
     files = local_files(source)
     try:
@@ -118,6 +118,9 @@ def stdlib_texts() -> Iterator[str]:
     return (path.read_text(encoding="utf-8", errors="replace") for path in paths)
 
 
+BUILT_IN = {"stdlib": stdlib_texts}  # sources made here rather than read from files or the hub
+
+
 def local_files(source: str) -> list[str]:
     """Sorted files of a folder, path or glob; empty if `source` names a hub dataset.
 
@@ -132,13 +135,13 @@ def local_files(source: str) -> list[str]:
     is_path = is_path or source[:1] in ("", ".", "~") or any(c in source for c in "*?[")
     if is_path and not files:
         raise UserError(
-            f"data source {source} matches no .parquet, .jsonl or .txt file; check the path"
+            f"data source {source} matches no {' or '.join(LOADERS)} file; check the path"
         )
     suffixes = {Path(file).suffix for file in files}
     if files and (len(suffixes) > 1 or not suffixes <= LOADERS.keys()):
         raise UserError(
             f"data source {source} has files of type {', '.join(sorted(suffixes)) or 'unknown'}; "
-            "use files of one type: .parquet, .jsonl or .txt"
+            f"use files of one type: {' or '.join(LOADERS)}"
         )
     return sorted(files)
 
@@ -163,7 +166,7 @@ def hub_revisions(names: Iterable[str]) -> dict[str, str]:
 
 # ---- hashes
 def in_validation(record: dict, fraction: float) -> bool:
-    """Whether a record is held out. Depends only on its content, so copies go the same way."""
+    """Whether a record is held out. Depends only on its content, so duplicates share a split."""
     (content,) = record.values()
     if isinstance(content, str):
         data = content.encode("utf-8", "replace")

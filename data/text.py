@@ -23,6 +23,7 @@ from common.config import HumanInt, UserError
 from common.run import write_text
 from data.order import batch_indices, prefetch
 from data.source import (
+    BUILT_IN,
     as_mix,
     digest,
     documents,
@@ -93,7 +94,7 @@ def token_request(cfg: DataConfig, split: str, tokenizer_hash: str) -> dict:
     Raises UserError.
     """
     source = cfg.val_source if split == "val" and cfg.val_source is not None else cfg.source
-    names = [name for name in as_mix(source) if name != "stdlib"]
+    names = [name for name in as_mix(source) if name not in BUILT_IN]
     files = {name: file_stats(local_files(name)) for name in names}
     return {
         "source": source,
@@ -231,7 +232,8 @@ class Tokens:
             request, n_records = manifest["request"], manifest["records"]
             remedy = "pass a source that holds text"
             if n_records:
-                remedy = "set another --data.val_fraction, such as 0.2, or pass a --data.val_source"
+                fraction = f"set another --data.val_fraction (now {request['holdout_fraction']})"
+                remedy = f"{fraction} or pass a --data.val_source; a .txt file is one document"
             raise UserError(
                 f"none of the {n_records} documents in data source {request['source']} is in the "
                 f"{request['split']} split; {remedy}"

@@ -40,8 +40,8 @@ def load_tokenizer(
         tokenizer = transformers.AutoTokenizer.from_pretrained(location)
     except Exception as error:  # the hub client and the parsers raise many exception types
         raise UserError(
-            f"cannot load tokenizer {name}: {first_line(error)}; pass a local folder with "
-            "tokenizer.json, or bpe-8192 to train one, or try --config configs/llm_demo.yaml"
+            f"cannot load tokenizer {name}: {first_line(error)}; set --data.tokenizer to a local "
+            "folder with tokenizer.json, or to bpe-8192 to train one"
         ) from error
     if not tokenizer.is_fast or end_of_text(tokenizer) is None:
         raise UserError(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import ROOT, flags, flags_of, script, train
 
+import generate
 import train_llm
 import train_multimodal
 import train_vqvae
@@ -158,11 +159,11 @@ BAD = {
     "--data.source=none.parquet": "none.parquet",
     "--data.tokenizer=bpe-5": "257",
     "--model.vocab_size=299": "--model.vocab_size is 299",
-    "--tokens=1M": "lower the budget to",
+    "--tokens=1M": "; set --tokens ",
     "--run=taken": "add --resume, choose another --run",
     "--data.val_source=empty.txt": "empty.txt",
     "--seed=-1": "--seed is -1",
-    "--model.n_image_positions=4": "text has no image positions",
+    "--model.n_image_positions=4": "a language model has no image positions; set it to 0",
     "--model.canon=32": "model.canon is 32",
     "--stage=vqvae": "--stage: ",
 }
@@ -205,28 +206,58 @@ def test_out_of_memory_names_the_flag_to_lower(monkeypatch, capsys):
 
 
 # ---- help
-@pytest.fixture(scope="module", params=[f"train_{stage}.py" for stage in STAGES])
-def help_text(request):
-    done = script(request.param, "--help")
-    return STAGES[request.param[6:-3]], " ".join(done.stdout.split())
+def setting_values(config, prefix: str = "") -> dict:
+    """{name: default} of every setting, with those of data and model."""
+    values = {}
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        is_group = dataclasses.is_dataclass(value)
+        values |= setting_values(value, f"{name}.") if is_group else {name: value}
+    return values
 
 
-def test_help_lists_every_setting(help_text):
-    module, text = help_text
-    missing = [f.name for f in dataclasses.fields(module.Config) if f"--{f.name}" not in text]
-    assert missing == []
+@dataclasses.dataclass
+class Help:
+    """What `--help` of a script prints, as one line and as {setting: its lines as one}."""
+
+    program: str
+    defaults: dict
+    purpose: str
+    line: str
+    entries: dict[str, str]
 
 
-def test_help_explains_every_setting_with_type_and_default(help_text):
-    module, text = help_text
-    names = [field.name for field in dataclasses.fields(module.Config)]
-    options = [name for name in names if name not in ("data", "model")]
-    described = [rf"--{name} [^-].{{10,600}}?\(type: " for name in options]
-    assert [p for p in described if not re.search(p, text)] == []
-
-
-def test_help_starts_with_the_scripts_name_and_purpose(help_text):
-    module, text = help_text
-    assert text.startswith(f"usage: {module.__name__}.py ")
+@pytest.fixture(scope="module", params=[train_llm, train_vqvae, train_multimodal, generate])
+def printed(request):
+    module, program = request.param, f"{request.param.__name__}.py"
+    text = script(program, "--help").stdout
+    blocks = [block.split("\n\n")[0].split() for block in re.split(r"\n  (?=\S)", text)]
+    entries = {words[0].removeprefix("--").rstrip(","): " ".join(words) for words in blocks}
+    config = module.Config("") if module is generate else module.Config()
     purpose = " ".join(module.__doc__.split("\n\n")[0].split())
-    assert purpose in text.replace("- ", "-")  # argparse breaks lines at hyphens
+    return Help(program, setting_values(config), purpose, " ".join(text.split()), entries)
+
+
+def test_help_lists_every_setting(printed):
+    assert [name for name in printed.defaults if name not in printed.entries] == []
+
+
+def test_help_explains_every_setting_in_sentences(printed):
+    entries = {name: printed.entries[name] for name in printed.defaults}
+    sentences = re.compile(r"\S+ .*?[A-Z].{9,}[.] [(]type: .+, default: .*[)]")
+    assert [name for name, entry in entries.items() if not sentences.fullmatch(entry)] == []
+
+
+def test_help_ends_every_entry_with_the_default(printed):
+    simple = {n: v for n, v in printed.defaults.items() if isinstance(v, int | float | str)}
+    ends = {name: f"default: {value})".replace(" ", "") for name, value in simple.items()}
+    entries = {name: printed.entries[name].replace(" ", "") for name in simple}  # breaks at hyphens
+    assert [name for name in simple if not entries[name].endswith(ends[name])] == []
+
+
+def test_help_starts_with_the_name_of_the_script(printed):
+    assert printed.line.startswith(f"usage: {printed.program} ")
+
+
+def test_help_has_the_purpose_of_the_script(printed):
+    assert printed.purpose in printed.line.replace("- ", "-")  # argparse breaks lines at hyphens

@@ -1,8 +1,8 @@
 """The commands in the documentation are understood by the scripts that they call."""
 
+import ast
 import re
 import shlex
-from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT
@@ -14,51 +14,102 @@ import train_vqvae
 from common.config import UserError, load_config
 from tools import bench, record, score_images
 
-SCRIPTS = {
-    "train_llm.py": train_llm,
-    "train_vqvae.py": train_vqvae,
-    "train_multimodal.py": train_multimodal,
-    "generate.py": generate,
-    "-m tools.bench": bench,
-    "-m tools.score_images": score_images,
-    "-m tools.record trials": SimpleNamespace(Config=record.TrialsConfig),
+CONFIGS = {
+    "train_llm.py": train_llm.Config,
+    "train_vqvae.py": train_vqvae.Config,
+    "train_multimodal.py": train_multimodal.Config,
+    "generate.py": generate.Config,
+    "-m tools.bench": bench.Config,
+    "-m tools.score_images": score_images.Config,
+    "-m tools.record trials": record.TrialsConfig,
 }
-NAMES = "|".join(map(re.escape, SCRIPTS))
-COMMAND = re.compile(rf"python ({NAMES})(?!\")((?:[^\n`#|\\]|\\+\n)*)")
-PAGES = [
-    "README.md",
-    "README_Multimodal.md",
-    "docs/SETUP_INSTRUCTIONS.md",
-    "docs/CONTRIBUTING.md",
-    "Makefile",
-    *[name for name in SCRIPTS if name.endswith(".py")],
-    "tools/bench.py",
-    "tools/score_images.py",
-    "tools/record.py",
-]
+# Commands without a config class; `python -m pytest` and the like are not the project's.
+OTHERS = {f"-m tools.record {name}" for name in ("compare", "submit", "check", "publish")}
+FOREIGN = {"-m pytest", "-m ruff", "-m pip"}
+
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "docs/*.md", "Makefile", "*.py", "tools/*.py")
+    for path in ROOT.glob(pattern)
+)
+HISTORY = {"docs/LOG.md", "docs/LEADERBOARD.md"}  # commands of their time
+WITHOUT_COMMANDS = {
+    "image_metrics.py",
+    "model.py",
+    "multimodal.py",
+    "muon.py",
+    "sampling.py",
+    "vqvae.py",
+    "tools/classifier.py",
+    "tools/leaderboard.py",
+    "tools/shapes_checker.py",
+    "tools/trials.py",
+}
+COMMAND = re.compile(r"python ((?:-m |\w+\.py)(?:[^\n`#|\\]|\\\n)*)")
+
+
+def page_text(page: str) -> str:
+    """The text of a page: of a Python file its docstring, of the Makefile what make would run."""
+    text = (ROOT / page).read_text()
+    if page.endswith(".py"):
+        return ast.get_docstring(ast.parse(text)) or ""
+    return re.sub(r"\$\(if .*?--resume\)", "", text.replace("$(PY)", "python"))
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """(script, arguments) of every command in a page."""
-    text = re.sub(r"\$\(if .*?--resume\)", "", text.replace("$(PY)", "python"))  # the Makefile's
-    found = COMMAND.findall(text)
-    return [(name, shlex.split(re.sub(r"\\+\n", " ", rest))) for name, rest in found]
+    """(program, arguments) of every command in a text that starts with `python`."""
+    split = [shlex.split(command.replace("\\\n", " ")) for command in COMMAND.findall(text)]
+    found = []
+    for words in split:
+        n = 3 if words[1:2] == ["tools.record"] else 2 if words[0] == "-m" else 1
+        found.append((" ".join(words[:n]), words[n:]))
+    return found
 
 
-@pytest.mark.parametrize("page", PAGES)
+def check_command(program: str, arguments: list[str]) -> None:
+    """Raises UserError or exits if a program does not understand its arguments."""
+    words = [word for word in arguments if word not in ("--resume", "--help")]
+    if program in CONFIGS:
+        load_config(CONFIGS[program], words)
+    elif program == "-m tools.record submit":
+        record.submit_options([*words, "--who", "me"])
+    elif program in OTHERS:
+        assert program.endswith("compare") == ("--" in words)
+    else:
+        assert program in FOREIGN, f"there is no program {program}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in HISTORY | WITHOUT_COMMANDS])
 def test_a_page_has_commands_and_the_scripts_understand_them(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    found = commands((ROOT / page).read_text())
-    assert found, f"{page} has no command"
-    for name, arguments in found:
-        words = [word for word in arguments if word not in ("--resume", "--help")]
-        load_config(SCRIPTS[name].Config, words)
+    found = commands(page_text(page))
+    assert found, f"{page} has no command; list it in WITHOUT_COMMANDS if that is right"
+    for program, arguments in found:
+        check_command(program, arguments)
 
 
-def test_a_wrong_flag_in_a_command_would_be_found():
-    ((name, arguments),) = commands("    python train_llm.py --tokns 20M --run first  # a comment")
-    with pytest.raises(UserError, match="tokns"):
-        load_config(SCRIPTS[name].Config, arguments)
+@pytest.mark.parametrize("page", sorted(WITHOUT_COMMANDS))
+def test_a_page_listed_as_having_no_commands_has_none(page):
+    assert page in PAGES
+    assert commands(page_text(page)) == []
+
+
+@pytest.mark.parametrize(
+    "line, error",
+    [
+        ("    python train_llm.py --tokns 20M --run first  # a comment", UserError),
+        ("`python generate.py demo --prompts x`", UserError),
+        ("    python -m tools.record trials --tokns 20M", UserError),
+        ("    python -m tools.record submit name --rns a", SystemExit),
+        ("    python -m tools.record compare a b", AssertionError),
+        ("    python -m tools.records check", AssertionError),
+        ("    .venv/bin/python train.py --tokens 20M", AssertionError),
+    ],
+)
+def test_a_wrong_command_is_noticed(line, error):
+    ((program, arguments),) = commands(line)
+    with pytest.raises(error):
+        check_command(program, arguments)
 
 
 def test_a_command_over_two_lines_is_read_whole():

@@ -140,7 +140,7 @@ def test_continuation_ends_at_end_of_text():
     "args, message",
     [
         (["nobody"], "there is no run 'nobody'; existing runs: a"),
-        (["runs"], "runs has no checkpoint; pass a run folder"),
+        (["runs"], "runs has no checkpoint; train it first"),
         (["a", "--n", "0"], "--n is 0; it must be positive"),
         (["a", "--max_tokens", "0"], "--max_tokens is 0; it must be positive"),
         (["a", "--temperature", "-1"], "--temperature is -1.0; it must not be negative"),

@@ -1,12 +1,12 @@
 import json
 import math
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import MODULES, train_stage
 
 from common import loop
 from common.config import HumanInt, RunConfig, UserError
@@ -24,7 +24,7 @@ from common.loop import (
     trapezoid,
     update,
 )
-from common.metrics import Metrics
+from common.metrics import Metrics, read_metrics
 from common.run import checkpoints, resume
 
 
@@ -44,7 +44,7 @@ def backward(model: torch.nn.Module) -> torch.Tensor:
 # ---- schedules
 @pytest.mark.parametrize(
     "progress, factor",
-    [(0.01, 0.1), (0.05, 0.5), (0.1, 1.0), (0.6, 1.0), (0.8, 0.525), (1.0, 0.05)],
+    [(0.0, 0.0), (0.05, 0.5), (0.1, 1.0), (0.6, 1.0), (0.8, 0.525), (1.0, 0.05)],
 )
 def test_trapezoid_rises_stays_and_falls(progress, factor):
     assert trapezoid(progress, 0.1, 0.4, 0.05) == pytest.approx(factor)
@@ -101,6 +101,7 @@ def test_resolve_steps_counts_whole_steps_and_spaces_the_log():
         ({"save_every": 1.5}, "--save_every is 1.5; it must be between 0 and 1"),
         ({"seed": -1}, "--seed is -1; it must not be negative"),
         ({"log_every": 0}, "--log_every is 0; it must be positive"),
+        ({"warmup_frac": 0.6}, "--warmup_frac 0.6 and --cooldown_frac 0.5 add up to more than 1"),
     ],
 )
 def test_resolve_steps_refuses_settings_out_of_range(changes, message):
@@ -109,18 +110,25 @@ def test_resolve_steps_refuses_settings_out_of_range(changes, message):
 
 
 # ---- before the loop
-def test_restored_undoes_steps_of_model_and_optimizer():
+def states(model: torch.nn.Module, optimizers: list) -> str:
+    """Everything in model and optimizers, tensors with all digits."""
+    parts = [part.state_dict() for part in (model, *optimizers)]
+    return json.dumps(parts, default=torch.Tensor.tolist)
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_restored_undoes_steps_of_model_and_optimizer(steps_before):
     model, optimizers = tiny()
-    backward(model)
-    update(optimizers)
-    weight, state = model.weight.clone(), json.dumps(optimizers[0].state_dict(), default=str)
+    for _ in range(steps_before):
+        backward(model)
+        update(optimizers)
+    before = states(model, optimizers)
     with restored(model, *optimizers):
         for _ in range(3):
             backward(model)
             update(optimizers)
-        assert not torch.equal(model.weight, weight)
-    assert torch.equal(model.weight, weight)
-    assert json.dumps(optimizers[0].state_dict(), default=str) == state
+        assert states(model, optimizers) != before
+    assert states(model, optimizers) == before
 
 
 def test_an_unfinished_run_has_no_summary(tmp_path):
@@ -154,9 +162,37 @@ def test_update_applies_and_clears_the_gradients():
 @pytest.mark.parametrize("values", [(math.nan, 1.0), (1.0, math.inf), (2.0, math.nan, 1.0)])
 def test_a_value_that_is_not_finite_names_step_and_remedy(tmp_path, values):
     (tmp_path / "checkpoints/0000003").mkdir(parents=True)
-    message = "at step 7; .*last checkpoint is .*checkpoints/0000003; .* lower --muon_lr"
+    message = "at step 7; .*last checkpoint is .*checkpoints/0000003.* lower --muon_lr"
     with pytest.raises(UserError, match=message):
         check_finite(tmp_path, 7, "--muon_lr", *map(torch.tensor, values))
+
+
+@pytest.mark.parametrize("stage", MODULES)
+def test_scripts_check_for_finite_values_before_they_update(workdir, monkeypatch, stage):
+    module, changes = MODULES[stage], {"run": "a"}
+    if stage == "multimodal":
+        train_stage(MODULES["vqvae"], run="v", images=8)
+        changes["vqvae"] = "v"
+    events = []
+
+    def recorded(name: str, function):
+        def call(*args):
+            events.append(name)
+            if events.count("check") == 3:
+                raise UserError("not finite")
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(module, "check_finite", recorded("check", module.check_finite))
+    monkeypatch.setattr(module, "update", recorded("update", module.update))
+    if stage == "vqvae":
+        codebook = recorded("codebook", module.update_codebook)
+        monkeypatch.setattr(module, "update_codebook", codebook)
+    with pytest.raises(UserError, match="not finite"):
+        train_stage(module, **changes)
+    step = ["check", "update", "codebook"] if stage == "vqvae" else ["check", "update"]
+    assert events == [*step, *step, "check"]
 
 
 def test_finite_values_come_back_as_numbers(tmp_path):
@@ -173,20 +209,20 @@ def test_a_signal_sets_the_exit_code_and_the_next_one_acts_at_once(number):
 
 
 class Recording:
-    """Stands for the functions that the loop calls, and notes the order and if the clock runs."""
+    """The order in which the loop called its functions, each with whether the clock was running."""
 
-    def __init__(self, monkeypatch, clock: Clock):
-        self.events, self.running, self.clock = [], False, clock
-        monkeypatch.setattr(clock, "start", lambda: self.tick(True))
-        monkeypatch.setattr(clock, "stop", lambda: self.tick(False))
-        for name, module in (("save_checkpoint", loop), ("stop", loop)):
-            real = getattr(module, name)
-            monkeypatch.setattr(module, name, self.wrap(name, real))
+    def __init__(self, monkeypatch):
+        self.events, self.running = [], False
+        monkeypatch.setattr(Clock, "start", lambda clock: self.set_running(True))
+        monkeypatch.setattr(Clock, "stop", lambda clock: self.set_running(False))
+        for name in ("save_checkpoint", "stop"):
+            monkeypatch.setattr(loop, name, self.recorded(name, getattr(loop, name)))
+        monkeypatch.setattr(Metrics, "log", self.recorded("log", lambda *args: None))
 
-    def tick(self, running: bool) -> None:
+    def set_running(self, running: bool) -> None:
         self.running = running
 
-    def wrap(self, name: str, function):
+    def recorded(self, name: str, function):
         def call(*args, **kwargs):
             self.events.append((name, self.running))
             return function(*args, **kwargs)
@@ -195,77 +231,91 @@ class Recording:
 
 
 @pytest.fixture
-def steps(tmp_path, monkeypatch):
-    """A function that runs a loop of ten steps; returns the recording and the run folder."""
+def recording(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = Path("runs/a")
-    (run / "checkpoints").mkdir(parents=True)
-
-    def go(stop_at: int | None = None, **changes) -> tuple[Recording, Path]:
-        cfg = config(run="a", log_every=1, save_every=0.5, eval_every=0.5, dtype="float32")
-        cfg = SimpleNamespace(**vars(cfg) | changes)
-        model, optimizers = tiny()
-        state = resume(run, model, optimizers)
-        clock = Clock(torch.device("cpu"), state["train_seconds"])
-        budget = {"unit": "tokens", "per_step": 10, "flops": 1.0}
-        metrics = Metrics(run, cfg, state["step"], 10, clock=clock, **budget)
-        recording = Recording(monkeypatch, clock)
-        metrics.log = recording.wrap("log", lambda *args: None)
-
-        def evaluate(step: int) -> None:
-            recording.events.append((f"evaluate {step}", recording.running))
-            metrics.row(step=step, val_loss=1.0)
-
-        with training_loop(cfg, metrics, model, optimizers, state, evaluate) as after_step:
-            for step in range(state["step"] + 1, 11):
-                assert recording.running
-                loss = backward(model)
-                update(optimizers)
-                if step == stop_at:
-                    signal.raise_signal(signal.SIGINT)
-                after_step(step, loss=loss.item(), grad_norm=1.0, lr=0.5)
-        return recording, run
-
-    return go
+    (tmp_path / "runs/a/checkpoints").mkdir(parents=True)
+    return Recording(monkeypatch)
 
 
-def test_after_a_step_the_loop_logs_saves_and_evaluates_with_the_clock_stopped(steps):
-    recording, _ = steps(log_every=5)
-    expected = [
-        *["log", "save_checkpoint", "evaluate 5"],
-        *["log", "save_checkpoint", "evaluate 10"],
-    ]
-    assert recording.events == [(name, False) for name in expected]
+def run_loop(recording: Recording, stop_at: int | None = None, **changes) -> None:
+    """Train runs/a to step 10, or send a signal at step `stop_at`."""
+    settings = {"run": "a", "log_every": 1, "save_every": 0.5, "eval_every": 0.5}
+    cfg = config(**settings | {"dtype": "float32"} | changes)
+    run, (model, optimizers) = Path("runs/a"), tiny()
+    state = resume(run, model, optimizers)
+    first, clock = state["step"], Clock(torch.device("cpu"), state["train_seconds"])
+    metrics = Metrics(run, cfg, first, 10, clock=clock, unit="tokens", per_step=10, flops=1.0)
+
+    def evaluate(step: int) -> None:
+        recording.events.append((f"evaluate {step}", recording.running))
+        metrics.row(step=step, val_loss=1.0)
+
+    with training_loop(cfg, metrics, model, optimizers, state, evaluate) as after_step:
+        for step in range(first + 1, 11):
+            assert recording.running
+            loss = backward(model)
+            update(optimizers)
+            if step == stop_at:
+                signal.raise_signal(signal.SIGINT)
+            after_step(step, loss=loss.item(), grad_norm=1.0, lr=0.5)
 
 
-def test_after_a_signal_the_loop_saves_and_stops_before_it_evaluates(steps, capsys):
-    with pytest.raises(SystemExit) as end:
-        steps(stop_at=5)
-    assert end.value.code == 130
-    assert "stopped at step 5 and saved; resume with --run a --resume" in capsys.readouterr().err
-    assert [path.name for path in checkpoints(Path("runs/a"))] == ["0000005"]
+def test_after_a_step_the_loop_logs_saves_and_evaluates_with_the_clock_stopped(recording):
+    run_loop(recording, log_every=5)
+    names = ["log", "save_checkpoint", "evaluate 5", "log", "save_checkpoint", "evaluate 10"]
+    assert recording.events == [(name, False) for name in names]
 
 
-def test_a_run_that_stopped_before_its_evaluation_is_evaluated_first(steps):
+@pytest.mark.parametrize("stop_at", [3, 5])  # 5: also a step to save and evaluate at
+def test_after_a_signal_the_loop_logs_saves_and_stops_before_it_evaluates(recording, stop_at):
     with pytest.raises(SystemExit):
-        steps(stop_at=5)
-    recording, _ = steps()
+        run_loop(recording, stop_at, log_every=stop_at)
+    names = ["log", "save_checkpoint", "stop"]
+    assert recording.events == [(name, False) for name in names]
+
+
+def test_after_a_signal_the_loop_names_the_command_to_resume(recording, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_loop(recording, stop_at=3)
+    assert end.value.code == 130
+    assert "stopped at step 3 and saved; resume with --run a --resume" in capsys.readouterr().err
+    assert [path.name for path in checkpoints(Path("runs/a"))] == ["0000003"]
+
+
+def test_a_run_that_stopped_before_its_evaluation_is_evaluated_first(recording):
+    with pytest.raises(SystemExit):
+        run_loop(recording, stop_at=5)
+    recording.events.clear()
+    run_loop(recording)
     assert recording.events[0] == ("evaluate 5", False)
 
 
-def test_the_checkpoint_has_step_and_seconds(steps):
-    _, run = steps()
-    state = json.loads((checkpoints(run)[-1] / "state.json").read_text())
+def test_a_run_that_stopped_between_evaluations_is_not_evaluated_first(recording):
+    with pytest.raises(SystemExit):
+        run_loop(recording, stop_at=3)
+    recording.events.clear()
+    run_loop(recording, log_every=5)
+    assert recording.events[0] == ("log", False)
+
+
+def test_every_step_is_recorded_at_any_interval(recording):
+    run_loop(recording, log_every=5, eval_every=0, save_every=0)
+    rows = [row for row in read_metrics(Path("runs/a")) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+
+
+def test_the_checkpoint_has_step_and_seconds(recording):
+    run_loop(recording)
+    state = json.loads((checkpoints(Path("runs/a"))[-1] / "state.json").read_text())
     assert state.keys() == {"step", "train_seconds"}
     assert state["step"] == 10
 
 
-def test_the_clock_counts_only_while_it_runs():
+def test_the_clock_counts_only_while_it_runs(monkeypatch):
+    times = iter([10.0, 13.0, 50.0, 51.0])
+    monkeypatch.setattr(Clock, "now", lambda clock: next(times))
     clock = Clock(torch.device("cpu"), 100.0)
-    clock.start()
-    time.sleep(0.01)
-    clock.stop()
-    measured = clock.seconds
-    time.sleep(0.01)
-    assert measured > 100.0
-    assert clock.seconds == measured
+    for _ in range(2):
+        clock.start()
+        clock.stop()
+    assert clock.seconds == 100.0 + 3.0 + 1.0

@@ -5,7 +5,7 @@ from helpers import noisy
 
 from common.config import UserError
 from model import KVCache, Llama, ModelConfig
-from multimodal import ImageTextFormat, image_text_losses, text_loss
+from multimodal import ImageTextFormat, image_text_losses, plain_text_loss
 from sampling import equal_length_batches, generate_images, sample_image_tokens
 from vqvae import VQVAE, VQVAEConfig
 
@@ -186,7 +186,7 @@ def test_plain_text_loss_is_the_cross_entropy_among_text_tokens(model, fmt):
     windows = torch.randint(0, 28, (2, 21), generator=torch.Generator().manual_seed(0))
     logits = F.linear(model.hidden(windows[:, :-1]), model.embed.weight[:28])  # (2, 20, 28)
     expected = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-    torch.testing.assert_close(text_loss(model, fmt, windows), expected)
+    torch.testing.assert_close(plain_text_loss(model, fmt, windows), expected)
 
 
 def test_losses_compile_as_one_graph(model, fmt):

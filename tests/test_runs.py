@@ -12,7 +12,7 @@ import generate
 import train_llm
 import train_multimodal
 import train_vqvae
-from common.config import UserError, load_config, saved_config
+from common.config import UserError, flatten, load_config, saved_config
 from common.run import check_run, find_run
 
 COMMIT = "b2c9ea088fbf532d035815d6a8d86331bb2d90cc"
@@ -26,6 +26,12 @@ def run_of_an_earlier_version(name: str) -> None:
     Path(f"runs/{name}/env.json").write_text(json.dumps({"commit": COMMIT}))
 
 
+EARLIER = (
+    "error: runs/old was made by an earlier version of this code "
+    f"(commit {COMMIT}); use that version, or train again under another --run"
+)
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -34,7 +40,7 @@ def run_of_an_earlier_version(name: str) -> None:
         ["train_multimodal.py", "--run", "old", "--resume"],
         ["train_multimodal.py", "--vqvae", "old", *flags_of(train_multimodal)],
         ["generate.py", "old", "--prompt", "x"],
-        ["generate.py", "--prompt", "x"],
+        ["generate.py", "runs/old/checkpoints/0000010", "--prompt", "x"],
         ["-m", "tools.score_images", "old"],
     ],
     ids=lambda command: " ".join(command)[:50],
@@ -42,44 +48,71 @@ def run_of_an_earlier_version(name: str) -> None:
 def test_a_run_of_an_earlier_version_is_one_line_that_names_its_commit(workdir, command):
     run_of_an_earlier_version("old")
     done = script(*command)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [EARLIER]
+
+
+def test_the_newest_run_is_named_even_if_an_earlier_version_made_it(workdir):
+    run_of_an_earlier_version("old")
+    done = script("generate.py", "--prompt", "x")
     assert done.returncode == 2
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: runs/old was made by an earlier version of this code, ")
-    assert COMMIT in line
-    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines() == ["newest run: runs/old", EARLIER]
+
+
+def test_a_language_model_of_an_earlier_version_is_refused_as_initial_weights(workdir):
+    run_of_an_earlier_version("old")
+    with pytest.raises(UserError, match=f"runs/old was made by an earlier version.*{COMMIT}"):
+        train_multimodal.load_language_model(None, "old", None)
 
 
 def test_a_run_made_outside_git_is_refused_too(workdir):
     run_of_an_earlier_version("old")
     Path("runs/old/env.json").unlink()
-    with pytest.raises(UserError, match="earlier version of this code, outside a git checkout"):
+    with pytest.raises(UserError, match="earlier version of this code \\(unknown commit\\)"):
         saved_config(Path("runs/old"))
 
 
-@pytest.mark.parametrize("group, key", [("model", "softcap"), (None, "swa")])
-def test_a_setting_that_this_version_does_not_know_is_named_with_the_commit(workdir, group, key):
+# ---- settings and stages
+@pytest.fixture
+def run_a(workdir):
+    """The folder of a short run of train_llm.py, made at COMMIT according to its env.json."""
     train(run="a", tokens=256)
-    path = Path("runs/a/config.yaml")
-    config = yaml.safe_load(path.read_text())
+    run = Path("runs/a")
+    env = json.loads((run / "env.json").read_text())
+    (run / "env.json").write_text(json.dumps(env | {"commit": COMMIT}))
+    return run
+
+
+def add_setting(run: Path, group: str | None, key: str) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
     (config[group] if group else config)[key] = 15.0
-    path.write_text(yaml.safe_dump(config))
-    commit = json.loads(Path("runs/a/env.json").read_text())["commit"]
-    with pytest.raises(UserError, match=f"{key}, which this version does not know; .*{commit}"):
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize("group, key", [("model", "softcap"), ("data", "pack"), (None, "swa")])
+def test_an_unknown_setting_of_a_run_to_resume_is_named_with_the_commit(run_a, group, key):
+    add_setting(run_a, group, key)
+    name = f"{group}.{key}" if group else key
+    message = f"^runs/a/config.yaml sets {name}, which this version does not support; .*{COMMIT}"
+    with pytest.raises(UserError, match=message):
         load_config(train_llm.Config, ["--run", "a", "--resume"])
 
 
-def test_a_model_setting_that_this_version_does_not_know_stops_generate(workdir):
-    train(run="a", tokens=256)
-    path = Path("runs/a/config.yaml")
-    path.write_text(path.read_text().replace("model:\n", "model:\n  softcap: 15.0\n"))
-    with pytest.raises(UserError, match="softcap, which this version does not know"):
+def test_an_unknown_model_setting_of_a_run_to_generate_from_is_named_with_the_commit(run_a):
+    add_setting(run_a, "model", "softcap")
+    message = f"^runs/a/config.yaml sets .*softcap, which this version does not support; .*{COMMIT}"
+    with pytest.raises(UserError, match=message):
         generate.main(load_config(generate.Config, ["a", "--prompt", "x"]))
 
 
-def test_a_run_cannot_be_resumed_by_the_script_of_another_stage(workdir):
-    train(run="a", tokens=256)
+@pytest.mark.parametrize("module", [train_vqvae, train_multimodal])
+def test_a_run_cannot_be_resumed_by_the_script_of_another_stage(run_a, module):
     with pytest.raises(UserError, match="runs/a is of stage llm; resume it with train_llm.py"):
-        load_config(train_vqvae.Config, ["--run", "a", "--resume"])
+        load_config(module.Config, ["--run", "a", "--resume"])
+
+
+def test_the_saved_config_has_every_auto_filled_in(run_a):
+    assert [key for key, value in flatten(saved_config(run_a)).items() if value == "auto"] == []
 
 
 @pytest.mark.parametrize("stage", ["llm", "vqvae"])
@@ -88,10 +121,11 @@ def test_the_saved_config_names_its_stage(workdir, stage):
     assert saved_config(Path("runs/a"))["stage"] == stage
 
 
-def test_an_unnamed_run_is_named_after_its_stage(workdir):
-    cfg = train_llm.Config()
+@pytest.mark.parametrize("stage", MODULES)
+def test_an_unnamed_run_is_named_after_its_stage(workdir, stage):
+    cfg = MODULES[stage].Config()
     check_run(cfg)
-    assert cfg.run.startswith("llm-20")
+    assert cfg.run.startswith(f"{stage}-20")
 
 
 # ---- finding a run

@@ -76,7 +76,7 @@ def test_training_learns_the_images(summary):
 
 
 @pytest.mark.parametrize(
-    "key", ["val_text_loss", "bits_per_image_token", "best_step", "sequences_per_second"]
+    "key", ["val_caption_loss", "bits_per_image_token", "best_step", "sequences_per_second"]
 )
 def test_summary_has_the_key(summary, key):
     assert key in summary
@@ -204,7 +204,7 @@ def test_dropped_captions_are_not_scored(caption_dropout, has_caption):
     settings = {"batch_sequences": 1, "sequences": 30, "eval_every": 0, "sample_n": 0}
     multimodal(run=run, caption_dropout=caption_dropout, **settings)
     rows = read_metrics(Path("runs") / run)
-    assert {row["text_loss"] > 0 for row in rows if "text_loss" in row} == has_caption
+    assert {row["caption_loss"] > 0 for row in rows if "caption_loss" in row} == has_caption
 
 
 def test_weights_with_the_lowest_validation_loss_are_kept_and_used():
@@ -248,7 +248,7 @@ def test_language_model_of_another_shape_is_refused(language_model, changes, mes
 def test_run_from_a_language_model_starts_with_its_text_loss(language_model):
     settings = {"sequences": 16, "muon_lr": 1e-9, "adamw_lr": 1e-9, **language_model}
     extras = {"model__value_embed": "true", "model__canon": 3}
-    summary = multimodal(run="from-lm", init_from="lm", text_weight=0, **extras, **settings)
+    summary = multimodal(run="from-lm", init_from="lm", caption_weight=0, **extras, **settings)
     multimodal(run="from-scratch", **settings)
     (pretrained, _), (random, _) = (
         [row["plain_text_loss"] for row in read_metrics(Path(f"runs/{run}")) if "loss" in row]
@@ -278,7 +278,7 @@ def other_runs(workspace, language_model, summary):
         ("--vqvae=lm", "runs/lm is not a train_vqvae.py run"),
         ("--init_from=v", "--init_from v is not a train_llm.py run"),
         ("--top_p=0", "--top_p is 0.0; it must be positive"),
-        ("--model.subwords=5", "--model.subwords is 5; image tokens have no spelling"),
+        ("--model.subwords=5", "--model.subwords is 5, but subword embeddings are for text-only"),
         (f"--sample_prompts=['{'z' * 99}']", "the prompt has 99 tokens"),
         ("--text_frac=0.01", "--text_frac 0.01 makes 0 of 8 sequences text"),
         ("--caption_dropout=2", "--caption_dropout is 2.0; it must be between 0 and 1"),

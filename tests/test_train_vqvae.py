@@ -118,7 +118,7 @@ def test_healthy_codebook_prints_no_warning(workdir, capsys):
         ("--micro_batch=3", "--micro_batch 3 does not divide --batch_images 8"),
         ("--data.source=./none", "data source ./none is neither a folder nor a .parquet file"),
         ("--data.source=none.parquet", "data source none.parquet is neither a folder"),
-        ("--model.codebook_size=20000", "fewer than --model.codebook_size 20000"),
+        ("--model.codebook_size=20000", "--model.codebook_size is 20000, but the"),
     ],
 )
 def test_invalid_setting_is_a_one_line_error_and_starts_no_run(workdir, flag, message):

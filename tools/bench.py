@@ -40,7 +40,7 @@ class Config:
     steps: int = 3
     """Training steps per measurement."""
     image_tokens: int = 256
-    """Image tokens to decode per measurement, of the 1,024 of an image."""
+    """Image tokens to decode per measurement, at most 1,024 (one image)."""
     batch_tokens: HumanInt = HumanInt(4096)
     """Tokens per training step, in one forward pass."""
     loss_tokens: HumanInt = HumanInt(16_384)
@@ -50,7 +50,7 @@ class Config:
     device: str = "auto"
     """Device: cpu, cuda, ... auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype. auto: bfloat16 if the GPU supports it."""
+    """Compute dtype. auto: bfloat16 on GPUs with native bfloat16, otherwise float32."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to use torch.compile, on both sides. auto: only on a GPU."""
     model: ModelConfig = field(

@@ -140,9 +140,7 @@ def derive(folder: Path, new: list[Trial], base: list[Trial], source: str | None
     first = new[0]
     for trial in (*base, *new):
         if trial.summary["dirty"] or not trial.summary["commit"]:
-            raise UserError(
-                f"{trial.path} ran uncommitted code; commit it, then make the trials again"
-            )
+            raise UserError(f"{trial.path} ran uncommitted code; commit it, then rerun all trials")
     evaluation = first.summary["evaluation_sha256"]
     if evaluation not in accepted_evaluations():
         raise UserError(

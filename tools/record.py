@@ -54,8 +54,14 @@ RECIPE += ["common.py", "metrics.py", "cross_entropy.py"]
 class TrialsConfig(train_llm.Config):
     """Settings of `trials`: the number of seeds, and every setting of train_llm.py."""
 
+    run: str = "auto"
+    """Required: NAME of the trials, which become the runs NAME-seed0, NAME-seed1 and so on."""
+    seed: int = 0
+    """Do not set; use --seeds."""
+    resume: bool = False
+    """Do not set; interrupted trials always resume."""
     seeds: int = 5
-    """Number of trials; they take the seeds 0 to N - 1."""
+    """Number of trials N, with seeds 0 to N - 1."""
 
 
 def trials(argv: list[str]) -> None:

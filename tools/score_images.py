@@ -2,9 +2,9 @@
 
     python -m tools.score_images NAME --n 64         # a run of train_multimodal.py
 
-For `shapes`, a checker without a model reads the attributes off the pixels. For labeled images, a
-classifier judges. It is trained once on real images and is never part of a loss; distances between
-its features can only be compared within this project. Writes scores.json and scores.png.
+Images of `shapes` are scored by a rule-based checker, labeled images by a classifier. The
+classifier is trained once on real images and never used in a training loss; distances between its
+features are comparable only within this project. Writes scores.json and scores.png.
 
 Shapes: N images, S image side, G side of the token grid, D feature dimension, K codebook size.
 """
@@ -60,8 +60,8 @@ class Config:
     """Name of a run under runs/, a run folder or one of its checkpoints. Omitted: the newest
     run."""
     n: int | Literal["auto"] = "auto"
-    """Number of images to generate; for shapes, of color-shape pairs seen in training, and as many
-    of unseen pairs. auto: 1000 on a GPU, otherwise 64."""
+    """Number of images to generate. For shapes: n with color-shape pairs seen in training and n
+    with unseen pairs. auto: 1000 on a GPU, otherwise 64."""
     n_real: int | Literal["auto"] = "auto"
     """Number of real test images to compare with. auto: at most 100,000 on a GPU, otherwise
     1000."""
@@ -89,7 +89,7 @@ class Config:
     device: str = "auto"
     """Device: cpu, cuda, ... auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype. auto: bfloat16 if the GPU supports it."""
+    """Compute dtype. auto: bfloat16 on GPUs with native bfloat16, otherwise float32."""
 
 
 def generate_all(cfg: Config, loaded: LoadedRun, captions: list[str]) -> Tensor:
@@ -159,7 +159,7 @@ def labeled_images(
     if train.classes is None or test.classes != train.classes:
         raise UserError(
             f"data source {config.source} has captions but no class labels, or others in its test "
-            "split, so a classifier cannot judge; score a run of labeled images or of shapes"
+            "split, so no classifier can score it; pass a run on labeled images or shapes"
         )
     if cfg.n < 2 or cfg.n_real <= len(test.classes):
         raise UserError(

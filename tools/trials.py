@@ -110,18 +110,18 @@ def load_trial(folder: Path) -> Trial:
         missing += [key for key in ("cpus", "torch", "command") if key not in env]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder} is damaged ({reason}); make this trial again") from error
+        raise UserError(f"{folder} is damaged ({reason}); rerun this trial") from error
     stage = config.get("stage", "llm")  # trials of the oldest records name no stage
     if stage != "llm":
         raise UserError(f"{folder} is a run of stage {stage}; trials are runs of train_llm.py")
     if missing:
         raise UserError(
-            f"{folder} has no {missing[0]} in summary.json or env.json; make this trial again"
+            f"{folder} has no {missing[0]} in summary.json or env.json; rerun this trial"
         )
     for key in MEASURES:
         if not isinstance(summary[key], int | float) or not math.isfinite(summary[key]):
             raise UserError(
-                f"{folder} has {key} {summary[key]}; failed trials count, so this recipe is out"
+                f"{folder} has {key} {summary[key]}; a failed trial disqualifies its recipe"
             )
     rows = evaluations(folder)
     last = rows[-1] if rows else {}
@@ -129,7 +129,7 @@ def load_trial(folder: Path) -> Trial:
     if [last.get(key) for key in ("step", "val_loss", "val_bpb")] != expected:
         raise UserError(
             f"{folder}: summary.json and the last evaluation in metrics.jsonl disagree; "
-            "make this trial again"
+            "rerun this trial"
         )
     return Trial(folder, config, summary, env, rows, planned)
 
@@ -192,12 +192,12 @@ def check_side(trials: list[Trial]) -> None:
     if len(trials) < MIN_SEEDS:
         raise UserError(
             f"{first.path} is one of {len(trials)} trials; "
-            f"each side needs at least {MIN_SEEDS} seeds, so make more"
+            f"each side needs at least {MIN_SEEDS} seeds; run more trials"
         )
     if len(set(column(trials, "val_loss"))) < len(trials):
         raise UserError(
             f"two trials of {first.path} have the same validation loss to the last digit, "
-            "so one is a copy; make it again"
+            "so one is a copy; rerun it"
         )
     params = first.summary["params"]
     cap = SMALL_MAX_PARAMS if first.config["tokens"] == BUDGETS["small"] else MAX_PARAMS
