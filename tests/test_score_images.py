@@ -92,7 +92,7 @@ def in_workspace(workspace, monkeypatch):
 def scores(workspace) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
-        return score("m", "--n", "8", "--n_argmin", "8")
+        return score("m", "--n", "8", "--n_classify", "8")
 
 
 def test_scores_are_written_to_the_run_folder(scores, workspace):
@@ -121,7 +121,7 @@ def test_score_compares_generated_images_with_references(scores, name, kinds):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("classifier", "cpu"), ("n", 8), ("n_real", 12), ("n_argmin", 8), ("guidance", 2.0)],
+    [("classifier", "cpu"), ("n", 8), ("n_real", 12), ("n_classify", 8), ("guidance", 2.0)],
 )
 def test_scores_record_how_they_were_measured(scores, name, value):
     assert scores[name] == value
@@ -133,15 +133,15 @@ def test_reconstructions_are_closer_to_real_images_than_to_other_training_images
 
 
 def test_learned_images_have_the_lowest_loss_under_their_own_caption(scores):
-    assert scores["argmin_accuracy"] >= 0.75  # chance: 0.25
+    assert scores["generative_accuracy"] >= 0.75  # chance: 0.25
 
 
 def test_diversity_needs_two_images_of_one_class(in_workspace):
-    assert score("m", "--n", "4", "--n_argmin", "0")["diversity"]["generated"] is None
+    assert score("m", "--n", "4", "--n_classify", "0")["diversity"]["generated"] is None
 
 
 def test_argmin_accuracy_is_omitted_for_no_images(in_workspace):
-    assert "argmin_accuracy" not in score("m", "--n", "4", "--n_argmin", "0")
+    assert "generative_accuracy" not in score("m", "--n", "4", "--n_classify", "0")
 
 
 # ---- errors
@@ -152,7 +152,7 @@ def test_argmin_accuracy_is_omitted_for_no_images(in_workspace):
         (["m", "--n=1"], "distances need at least 2 generated and 5 real images"),
         (["m", "--n_real=4"], "distances need at least 2 generated and 5 real images"),
         (["m", "--batch=0"], "--batch is 0; it must be positive"),
-        (["m", "--n_argmin=-1"], "--n_argmin is -1; it must not be negative"),
+        (["m", "--n_classify=-1"], "--n_classify is -1; it must not be negative"),
     ],
 )
 def test_invalid_input_is_a_one_line_error(in_workspace, args, message):

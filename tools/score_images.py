@@ -65,7 +65,7 @@ class Config:
     n_real: int | Literal["auto"] = "auto"
     """Number of real test images to compare with. auto: at most 100,000 on a GPU, otherwise
     1000."""
-    n_argmin: int | Literal["auto"] = "auto"
+    n_classify: int | Literal["auto"] = "auto"
     """Number of real test images that the model itself classifies, by the caption under which its
     loss is lowest. 0: none; auto: 1000 on a GPU, otherwise 20."""
     classifier: Literal["auto", "gpu", "cpu"] = "auto"
@@ -183,7 +183,7 @@ def thumbnails(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def argmin_accuracy(
+def generative_accuracy(
     loaded: LoadedRun, data: ImageDataset, indices: list[int], captions: list[str]
 ) -> float:
     """Accuracy of the model as a classifier of real images.
@@ -243,10 +243,10 @@ def score_labeled(cfg: Config, loaded: LoadedRun, config: ImageConfig) -> tuple[
 
     scores = judged_scores(classifier, small, labels, torch.from_numpy(test.labels[test_indices]))
     scores |= {"classifier": cfg.classifier, "n_real": len(test_indices)}
-    if cfg.n_argmin:
-        indices = evenly_spaced(len(test), cfg.n_argmin)
-        scores["argmin_accuracy"] = argmin_accuracy(loaded, test, indices, class_captions)
-        scores["n_argmin"] = len(indices)
+    if cfg.n_classify:
+        indices = evenly_spaced(len(test), cfg.n_classify)
+        scores["generative_accuracy"] = generative_accuracy(loaded, test, indices, class_captions)
+        scores["n_classify"] = len(indices)
 
     closest, _ = nearest(small["generated"][:N_SHOWN].flatten(1), train_small.flatten(1))
     neighbors = to_uint8(next(batches(loaded, train, closest.tolist())))  # (N_SHOWN, S, S, 3)
@@ -302,7 +302,7 @@ def main(cfg: Config) -> dict:
     defaults = {  # on a GPU and on a CPU
         "n": (1000, 64),
         "n_real": (100_000, 1000),
-        "n_argmin": (1000, 20),
+        "n_classify": (1000, 20),
         "batch": (250, 32),
         "classifier": ("gpu", "cpu"),
     }
@@ -310,7 +310,7 @@ def main(cfg: Config) -> dict:
         if getattr(cfg, name) == "auto":
             setattr(cfg, name, on_gpu if gpu else on_cpu)
     check_positive(cfg, "n", "n_real", "batch")
-    check_not_negative(cfg, "n_argmin")
+    check_not_negative(cfg, "n_classify")
     loaded = load_run(cfg.run, cfg)
     if loaded.vqvae is None:
         raise UserError(

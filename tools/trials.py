@@ -31,7 +31,7 @@ FIXED = {  # what the two sides of a comparison must share: key in summary.json
 }
 REQUIRED = [*MEASURES, *FIXED.values(), "tokens", "steps", "params", "seed"]
 REQUIRED += ["device", "commit", "dirty", "code_sha256"]
-INCIDENTAL = {  # settings that are not part of a recipe
+NON_RECIPE_SETTINGS = {  # settings that are not part of a recipe
     "stage",
     "run",
     "seed",
@@ -232,7 +232,7 @@ def check_sides(base: list[Trial], new: list[Trial]) -> None:
 
 def changed_settings(base: Trial, new: Trial) -> dict[str, list]:
     """{setting: [before, after]} for the settings that are part of a recipe."""
-    keys = sorted((base.config.keys() | new.config.keys()) - INCIDENTAL)
+    keys = sorted((base.config.keys() | new.config.keys()) - NON_RECIPE_SETTINGS)
     pairs = {key: [base.config.get(key), new.config.get(key)] for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
