@@ -46,8 +46,8 @@ class ImageConfig:
     imagefolder layout of `datasets`; a path or glob of .parquet files; or `shapes` (scenes of
     colored shapes with captions, rendered as needed)."""
     val_source: str | None = None
-    """Validation images, given like the training images. null: use the training source's test or
-    validation split or, if it has none, hold out a fraction of its images (data.val_fraction)."""
+    """Validation images, in the same formats as data.source. null: use the test or validation split
+    of data.source or, if it has none, hold out a fraction of its images (data.val_fraction)."""
     val_fraction: float = 0.05
     """Fraction of images held out for validation, between 0 and 1 (exclusive), chosen by a hash of
     their pixels. Used only if there is neither data.val_source nor a test or validation split."""

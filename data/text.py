@@ -52,13 +52,13 @@ class DataConfig:
     .parquet, .jsonl or .txt files; `stdlib` (the source of this Python's standard library); or a
     mix {source: weight}, to which each source contributes text in proportion to its weight."""
     val_source: str | dict[str, float] | None = None
-    """Validation text, given like the training text. null: hold out a fraction of the training
-    source's documents (data.val_fraction)."""
+    """Validation text, in the same formats as data.source. null: hold out a fraction of the
+    documents of data.source (data.val_fraction)."""
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
     """Tokenizer: a hub name, a local folder, or bpe-N for a byte-level BPE with N entries (257 to
     65536) trained on the training source."""
     text_column: str = "text"
-    """Column that holds the text. A source with a column `input_ids` counts as already tokenized,
+    """Column that holds the text. A source with a column `input_ids` is treated as tokenized,
     and its text is not read."""
     val_fraction: float = 0.05
     """Fraction of documents held out for validation, between 0 and 1 (exclusive), chosen by a hash
