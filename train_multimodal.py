@@ -204,8 +204,8 @@ def tokenize_images(
 ) -> TokenizedImages:
     """Image tokens of a dataset: for n_images training images, or 0 for validation.
 
-    On a CPU they are cached on disk. A GPU encodes training images in every step, because that is
-    faster than reading many augmented epochs from disk.
+    On a CPU they are cached on disk. A GPU encodes training images again in every step, so
+    augmented epochs take no disk space.
     """
     size, device = vqvae.config.image_size, torch.device(cfg.device)
 

@@ -154,6 +154,8 @@ def test_file_sha256_is_that_of_the_bytes(workdir):
     assert file_sha256(Path("x")).startswith("ba7816bf8f01cfea")
 
 
-@pytest.mark.parametrize("message, line", [("\none\ntwo", "one"), ("", "ValueError")])
+@pytest.mark.parametrize(
+    "message, line", [("\none\ntwo", "one"), ("one.\ntwo", "one"), ("", "ValueError")]
+)
 def test_first_line_of_an_error(message, line):
     assert first_line(ValueError(message)) == line

@@ -342,3 +342,14 @@ def test_a_damaged_manifest_is_named_with_the_folder_to_delete(cfg, tokenizer, c
     (folder / "manifest.json").write_text(content)
     with pytest.raises(UserError, match="manifest.json is damaged; delete cache/tokens/train"):
         prepare_tokens(cfg, "train", 1000, tokenizer)
+
+
+def test_a_built_in_source_is_not_looked_up_on_the_hub(cfg, monkeypatch):
+    tokenizer, asked = load_tokenizer(cfg), []
+    monkeypatch.setitem(text.BUILT_IN, "mine", lambda: iter(["one text", " ", "another text"]))
+    monkeypatch.setattr(text, "hub_revisions", lambda names: asked.extend(names) or {})
+    cfg.source, cfg.val_source = "mine", "corpus.jsonl"
+    tokens = Tokens(prepare_tokens(cfg, "train", 10**9, tokenizer))
+    assert asked == []
+    ids = tokens.window(0, len(tokens))
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "one textanother text"

@@ -131,6 +131,10 @@ def test_the_step_line_has(run, part):
     assert part in next(line for line in run[2] if line.startswith("step "))
 
 
+def test_the_output_ends_with_the_run_folder(run):
+    assert run[2][-1] == "saved in runs/a"
+
+
 @pytest.mark.parametrize("name", ["run", "device", "model", "data", "batch", "recipe"])
 def test_the_start_of_the_output_describes(run, name):
     assert any(line.startswith(f"{name} ") for line in run[2])
