@@ -1,4 +1,4 @@
-.PHONY: setup demo demo-images test lint check
+.PHONY: setup demo demo-images test test-faults lint check
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -26,6 +26,11 @@ demo-images: setup
 
 test: setup
 	$(PY) -m pytest
+
+# hundreds of kills, a failing hub, long runs and a long fuzzing: about half an hour
+test-faults: setup
+	$(PY) -m pytest -m faults
+	BLUEBERRY_FUZZ_EXAMPLES=2000 $(PY) -m pytest tests/test_fuzz.py
 
 lint: setup
 	$(PY) -m ruff check

@@ -9,6 +9,7 @@ python train_llm.py --config configs/llm_small.yaml --data.source 'books/*.txt'
 import hashlib
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,20 +32,20 @@ from common.loop import (
     finished_summary,
     print_setup,
     resolve_steps,
-    restored,
     set_lr,
     training_loop,
     trapezoid,
     update,
+    warming_up,
 )
 from common.metrics import Metrics, ast_sha256, evaluations
-from common.run import check_run, open_run, resume
+from common.run import check_run, origin, resume
 from data.source import digest
 from data.text import DataConfig, Tokens, eval_windows, prepare_tokens, token_batches
 from data.tokenizer import load_tokenizer, token_subwords
 from model import MAX_SUBWORDS, Llama, ModelConfig
 from muon import build_optimizers
-from sampling import write_text_samples
+from sampling import prompt_ids, write_text_samples
 
 
 @dataclass
@@ -126,13 +127,14 @@ def resolve_recipe(cfg: Config) -> int:
     steps = resolve_steps(cfg, "tokens", "batch_tokens")
     if cfg.muon_lr == "auto":
         cfg.muon_lr = 0.015 * min(1.0, 20e6 / cfg.tokens) ** (1 / 6)
+    check_positive(cfg, "muon_lr")
     if cfg.muon_wd == "auto":
         cfg.muon_wd = min(2 / steps, 0.02) / cfg.muon_lr
     if cfg.adamw_lr == "auto":
         cfg.adamw_lr = 0.006 * min(1.0, 20e6 / cfg.tokens) ** (1 / 3)
     if cfg.adamw_beta2 == "auto":
         cfg.adamw_beta2 = 0.5 ** (cfg.batch_tokens / min(5e6, cfg.tokens / 8))
-    check_positive(cfg, "muon_lr", "adamw_lr")
+    check_positive(cfg, "adamw_lr")
     check_not_negative(cfg, "muon_wd")
     check_fractions(cfg, "lr_floor", "adamw_beta2")
     return steps
@@ -178,6 +180,11 @@ def load_data(cfg: Config, tokenizer, steps: int) -> tuple[Tokens, Tokens, int]:
             f"{needed / n_windows:.1f} epochs"
         )
     return train, val, n_windows
+
+
+def write_assets(tokenizer, folder: Path) -> None:
+    """Copy the tokenizer into a run folder."""
+    tokenizer.save_pretrained(folder / "tokenizer")
 
 
 # ---- training and evaluation
@@ -251,17 +258,19 @@ def main(cfg: Config) -> dict:
     seq_len, batch = cfg.model.seq_len, cfg.batch_tokens // cfg.model.seq_len
 
     # ---- data
-    tokenizer = load_tokenizer(cfg.data)
+    parent = origin(cfg, run)
+    tokenizer = load_tokenizer(cfg.data, saved=parent and parent / "tokenizer")
     if len(tokenizer) > cfg.model.vocab_size:
         raise UserError(
             f"tokenizer {cfg.data.tokenizer} has {len(tokenizer)} entries, but --model.vocab_size "
             f"is {cfg.model.vocab_size}; set it to {len(tokenizer)} or more, or choose a smaller "
             "tokenizer (at most 65536 entries)"
         )
+    for prompt in cfg.sample_prompts:
+        prompt_ids(tokenizer, prompt, seq_len)  # raises now, not at the first evaluation
     train, val, n_windows = load_data(cfg, tokenizer, steps)
     val_windows = eval_windows(val, seq_len, cfg.eval_tokens // seq_len)  # (N, T + 1)
-    open_run(cfg, run)
-    tokenizer.save_pretrained(run / "tokenizer")
+    tokenizer_sha256 = digest(tokenizer.backend_tokenizer.to_str())
 
     # ---- model
     model = Llama(cfg.model, compute_dtype=getattr(torch, cfg.dtype))
@@ -285,7 +294,8 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- resume
-    state = resume(run, model, optimizers)
+    inputs = {"train": train.sha256, "val": val.sha256, "tokenizer": tokenizer_sha256}
+    state = resume(cfg, run, model, optimizers, inputs)
     first, clock = state["step"], Clock(device, state["train_seconds"])
     describe(
         cfg, run, first, model, optimizers[0], train, val, val_windows, steps * batch / n_windows
@@ -294,7 +304,7 @@ def main(cfg: Config) -> dict:
 
     # ---- warm-up
     if cfg.compile:
-        with restored(model, *optimizers):
+        with warming_up(model, *optimizers):
             zeros = torch.zeros(cfg.micro_batch, seq_len + 1, dtype=torch.long, device=device)
             for _ in range(2):
                 backward(forward, zeros, cfg.micro_batch)
@@ -304,28 +314,29 @@ def main(cfg: Config) -> dict:
     # ---- loop
     flops = cfg.batch_tokens * model.flops_per_token()
     metrics = Metrics(
-        run, cfg, first, steps, clock=clock, unit="tokens", per_step=cfg.batch_tokens, flops=flops
+        run, cfg, state, steps, clock=clock, unit="tokens", per_step=cfg.batch_tokens, flops=flops
     )
 
     def evaluate_now(step: int) -> None:
         loss = evaluate(forward, val_windows, cfg.micro_batch, device)
         bpb = loss / math.log(2) / val.bytes_per_token
-        metrics.row(step=step, val_loss=loss, val_bpb=bpb)
         metrics.line(f"val {step}/{steps} | loss {loss:.4f} | bpb {bpb:.4f}")
         if cfg.sample_prompts:
             path, prompts = run / "samples" / f"{step:07d}.txt", cfg.sample_prompts
             write_text_samples(path, model, tokenizer, prompts, cfg.sample_tokens, cfg.seed)
+        metrics.row(step=step, val_loss=loss, val_bpb=bpb)  # last: the evaluation is complete
 
     shape = {"batch": batch, "seq_len": seq_len, "n_windows": n_windows, "seed": cfg.seed}
     batches = token_batches(train, first, steps, **shape, device=device)  # (B, T + 1) each
-    with training_loop(cfg, metrics, model, optimizers, state, evaluate_now) as after_step:
+    assets = partial(write_assets, tokenizer)
+    with training_loop(cfg, metrics, model, optimizers, state, evaluate_now, assets) as after_step:
         for step, windows in enumerate(batches, start=first + 1):
             progress = step / steps
             factor = trapezoid(progress, cfg.warmup_frac, cfg.cooldown_frac, cfg.lr_floor)
             set_lr(optimizers, factor)
             loss = backward(forward, windows, cfg.micro_batch)
             norm = clipped_norm(model, cfg.grad_clip)
-            loss, norm = check_finite(run, step, "--muon_lr", loss, norm)
+            loss, norm = check_finite(cfg, step, "muon_lr", model, optimizers, loss, norm)
             update(optimizers)
             after_step(step, loss=loss, grad_norm=norm, lr=cfg.muon_lr * factor)
 
@@ -339,7 +350,7 @@ def main(cfg: Config) -> dict:
         val_tokens=val_windows[:, 1:].numel(),
         val_sha256=hashlib.sha256(val_windows.numpy()).hexdigest(),
         train_sha256=train.sha256,
-        tokenizer_sha256=digest(tokenizer.backend_tokenizer.to_str()),
+        tokenizer_sha256=tokenizer_sha256,
         evaluation_sha256=evaluation_sha256(),
     )
 

@@ -11,13 +11,13 @@
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from common.config import (
@@ -37,23 +37,31 @@ from common.loop import (
     finished_summary,
     print_setup,
     resolve_steps,
-    restored,
     set_lr,
     training_loop,
     trapezoid,
     update,
+    warming_up,
 )
 from common.metrics import Metrics, evaluations
-from common.run import check_run, find_run, load_checkpoint, open_run, resume, save_checkpoint
+from common.run import (
+    check_run,
+    file_sha256,
+    find_run,
+    load_checkpoint,
+    origin,
+    resume,
+    save_checkpoint,
+)
 from data.captions import TokenizedImages, caption, caption_tokenizer, tokenized
 from data.images import ImageConfig, image_grid, load_images, to_float, to_uint8
 from data.order import batch_epochs, batch_indices, evenly_spaced, prefetch
-from data.source import file_sha256
+from data.source import digest
 from data.text import DataConfig, Tokens, prepare_tokens
 from model import Llama, ModelConfig
 from multimodal import ImageTextFormat, image_text_losses, plain_text_loss
 from muon import build_optimizers
-from sampling import generate_images, load_vqvae
+from sampling import generate_images, load_vqvae, saved_tokenizer
 from vqvae import VQVAE
 
 
@@ -175,28 +183,24 @@ def resolve_micro_batch(cfg: Config, device: torch.device) -> None:
 
 
 # ---- data
-def open_vqvae(cfg: Config, run: Path, device: torch.device) -> tuple[VQVAE, Path]:
-    """The frozen VQ-VAE and its checkpoint: the run's own copy if there is one, else --vqvae.
+def open_vqvae(cfg: Config, parent: Path | None, device: torch.device) -> tuple[VQVAE, Path]:
+    """The frozen VQ-VAE and its checkpoint: the copy in the run that is continued, else --vqvae.
 
     Raises UserError.
     """
     if not cfg.vqvae:
         raise UserError("--vqvae is missing; pass a run of train_vqvae.py")
-    copy = run / "vqvae"
-    _, checkpoint, _ = find_run(str(copy) if copy.exists() else cfg.vqvae)
+    has_copy = parent is not None and (parent / "vqvae").exists()
+    _, checkpoint, _ = find_run(str(parent / "vqvae") if has_copy else cfg.vqvae)
     return load_vqvae(str(checkpoint), device, getattr(torch, cfg.dtype)), checkpoint
 
 
-def copy_vqvae(checkpoint: Path, run: Path) -> None:
-    """Copy the VQ-VAE into the run, so that the run does not depend on another one."""
-    copy, tmp = run / "vqvae", run / "vqvae.tmp"
-    if copy.exists():
-        return
-    target = tmp / "checkpoints" / checkpoint.name
-    skip = shutil.ignore_patterns("optimizer.pt")
-    shutil.copytree(checkpoint, target, dirs_exist_ok=True, ignore=skip)
-    shutil.copy(checkpoint.parent.parent / "config.yaml", tmp)
-    tmp.rename(copy)
+def write_assets(tokenizer, checkpoint: Path, folder: Path) -> None:
+    """Copy tokenizer and VQ-VAE into a run folder, so that the run does not depend on others."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    target = folder / "vqvae" / "checkpoints" / checkpoint.name
+    shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns("optimizer.pt"))
+    shutil.copy(checkpoint.parent.parent / "config.yaml", folder / "vqvae")
 
 
 def tokenize_images(
@@ -217,8 +221,12 @@ def tokenize_images(
         data,
         encode,
         cache_dir=cfg.data.cache,
-        weights_sha256=file_sha256(checkpoint / "model.safetensors"),
-        n_epochs=max(1, -(-n_images // len(data))),
+        encoder={
+            "weights": file_sha256(checkpoint / "model.safetensors"),
+            "config": asdict(vqvae.config),
+            "dtype": cfg.dtype,
+            "device": device.type,
+        },
         augment=cfg.data.augment and n_images > 0,
         n_image_tokens=vqvae.config.grid**2,
         cached=device.type == "cpu" or n_images == 0,
@@ -314,7 +322,7 @@ def load_language_model(model: Llama, name: str, tokenizer) -> None:
     run, checkpoint, config = find_run(name)
     if config["stage"] != "llm":
         raise UserError(f"--init_from {name} is not a train_llm.py run; pass one or omit it")
-    source = build_from_saved(ModelConfig, config["model"], run)
+    source = build_from_saved(ModelConfig, config.get("model"), run)
     shared = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta")
     for key in (*shared, "value_embed", "canon"):
         theirs, ours = getattr(source, key), getattr(model.config, key)
@@ -323,13 +331,13 @@ def load_language_model(model: Llama, name: str, tokenizer) -> None:
                 f"--init_from {name} has model.{key} {theirs}, but this run has {ours}; "
                 f"set --model.{key} {theirs}"
             )
-    saved = transformers.AutoTokenizer.from_pretrained(run / "tokenizer")
+    language_model = Llama(source)
+    state = load_checkpoint(checkpoint, language_model)
+    saved = saved_tokenizer(run, state)
     if saved.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
         raise UserError(
             f"--init_from {name} has another tokenizer; set --data.tokenizer {run / 'tokenizer'}"
         )
-    language_model = Llama(source)
-    load_checkpoint(checkpoint, language_model)
     weights = language_model.fold_subwords().state_dict()
     n = min(len(tokenizer), source.vocab_size)
     weights["image_positions.weight"] = model.image_positions.weight.detach()
@@ -449,12 +457,13 @@ def main(cfg: Config) -> dict:
     batch, n_images = cfg.batch_sequences, cfg.batch_sequences - n_text
 
     # ---- data
-    vqvae, vqvae_checkpoint = open_vqvae(cfg, run, device)
+    parent = origin(cfg, run)
+    vqvae, vqvae_checkpoint = open_vqvae(cfg, parent, device)
     train, val = (
         load_images(cfg.data, split, vqvae.config.image_size, captions=True)
         for split in ("train", "val")
     )
-    tokenizer = caption_tokenizer(cfg.data, train)
+    tokenizer = caption_tokenizer(cfg.data, train, saved=parent and parent / "tokenizer")
     fmt = ImageTextFormat(tokenizer, vqvae.config, cfg.model)
     images = tokenize_images(cfg, vqvae, vqvae_checkpoint, train, steps * n_images)
     val_images = tokenize_images(cfg, vqvae, vqvae_checkpoint, val, 0)
@@ -469,9 +478,6 @@ def main(cfg: Config) -> dict:
         load_language_model(model, cfg.init_from, tokenizer)
     model.to(device)
     losses = make_losses(cfg, model, fmt)
-    open_run(cfg, run)
-    tokenizer.save_pretrained(run / "tokenizer")
-    copy_vqvae(vqvae_checkpoint, run)
 
     # ---- optimizers
     optimizers = build_optimizers(
@@ -486,7 +492,11 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- resume
-    state = resume(run, model, optimizers)
+    tokenizer_sha256 = digest(tokenizer.backend_tokenizer.to_str())
+    inputs = {"train": train.id, "val": val.id, "tokenizer": tokenizer_sha256}
+    inputs |= {"vqvae": file_sha256(vqvae_checkpoint / "model.safetensors")}
+    inputs |= {"text": text.sha256} if text else {}
+    state = resume(cfg, run, model, optimizers, inputs)
     first, clock = state["step"], Clock(device, state["train_seconds"])
     data = describe_data(images, steps * n_images, val_images, len(val_tokens))
     truncated = f"{n_truncated} validation captions truncated to {fmt.caption_tokens} tokens"
@@ -494,7 +504,7 @@ def main(cfg: Config) -> dict:
 
     # ---- warm-up
     if cfg.compile:
-        with restored(model, *optimizers):
+        with warming_up(model, *optimizers):
             for _ in range(2):
                 backward(cfg, losses, *dummy_batch(cfg, fmt, n_text, device))
                 update(optimizers)
@@ -502,15 +512,14 @@ def main(cfg: Config) -> dict:
     # ---- loop
     batch_flops = batch * flops_per_sequence(model, vqvae.config.codebook_size)
     metrics = Metrics(
-        run, cfg, first, steps, clock=clock, unit="sequences", per_step=batch, flops=batch_flops
+        run, cfg, state, steps, clock=clock, unit="sequences", per_step=batch, flops=batch_flops
     )
 
     def evaluate_now(step: int) -> None:
         image, caption = evaluate(losses[0], val_tokens, val_starts, cfg.micro_batch, device)
         if image < min((row["val_loss"] for row in evaluations(run)), default=math.inf):
-            best = {"step": step, "val_loss": image}
+            best = state | {"step": step, "val_loss": image}
             save_checkpoint(run, model, [], best, place="best", keep=1)
-        metrics.row(step=step, val_loss=image, val_caption_loss=caption)
         bits = image / math.log(2)
         metrics.line(
             f"val {step}/{steps} | image tokens {image:.4f} nats, {bits:.3f} bits | "
@@ -519,10 +528,13 @@ def main(cfg: Config) -> dict:
         if prompts:
             path = run / "samples" / f"{step:07d}.png"
             write_image_samples(cfg, path, model, vqvae, fmt, prompts)
+        # last: the evaluation is complete
+        metrics.row(step=step, val_loss=image, val_caption_loss=caption)
 
+    assets = partial(write_assets, tokenizer, vqvae_checkpoint)
     read = batch_reader(cfg, fmt, images, text, n_text)
     batches = prefetch(read, first, steps, device)
-    with training_loop(cfg, metrics, model, optimizers, state, evaluate_now) as after_step:
+    with training_loop(cfg, metrics, model, optimizers, state, evaluate_now, assets) as after_step:
         for step, (batch_prompts, has_caption, content, windows) in enumerate(batches, first + 1):
             progress = step / steps
             factor = trapezoid(progress, cfg.warmup_frac, cfg.cooldown_frac, cfg.lr_floor)
@@ -532,7 +544,7 @@ def main(cfg: Config) -> dict:
             windows = windows.to(device) if n_text else None
             total = backward(cfg, losses, sequences, windows)
             norm = clipped_norm(model)
-            numbers = check_finite(run, step, "--muon_lr", *total, norm)
+            numbers = check_finite(cfg, step, "muon_lr", model, optimizers, *total, norm)
             loss, caption_loss, text_loss, norm = numbers
             update(optimizers)
             extra = {"plain_text_loss": text_loss} if n_text else {}
@@ -550,7 +562,7 @@ def main(cfg: Config) -> dict:
         best_step=best["step"],
         val_last=rows[-1]["val_loss"],
         bits_per_image_token=best["val_loss"] / math.log(2),
-        vqvae_sha256=file_sha256(vqvae_checkpoint / "model.safetensors"),
+        vqvae_sha256=inputs["vqvae"],
     )
 
 

@@ -29,14 +29,14 @@ from common.loop import (
     finished_summary,
     print_setup,
     resolve_steps,
-    restored,
     set_lr,
     training_loop,
     trapezoid,
     update,
+    warming_up,
 )
 from common.metrics import Metrics, evaluations
-from common.run import check_run, open_run, resume
+from common.run import check_run, resume
 from data.images import (
     ImageConfig,
     image_grid,
@@ -216,7 +216,6 @@ def main(cfg: Config) -> dict:
             f"that initialize it yield only {len(start_images) * shape.grid**2} vectors; lower "
             "--model.codebook_size or --model.downsample, or add images (up to 256 are used)"
         )
-    open_run(cfg, run)
 
     def read(step: int) -> Tensor:
         indices = batch_indices(step, batch, len(train), cfg.seed)
@@ -240,7 +239,7 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- resume
-    state = resume(run, model, [adamw])
+    state = resume(cfg, run, model, [adamw], {"train": train.id, "val": val.id})
     first, clock = state["step"], Clock(device, state["train_seconds"])
     if first == 0:
         state["palette_psnr"] = palette_psnr(start_images, val_images, shape, generator)
@@ -249,7 +248,7 @@ def main(cfg: Config) -> dict:
 
     # ---- warm-up
     if cfg.compile:
-        with restored(model, adamw):
+        with warming_up(model, adamw):
             for _ in range(2):
                 backward(forward, torch.zeros(cfg.micro_batch, 3, side, side, device=device), cfg)
                 update([adamw])
@@ -258,12 +257,11 @@ def main(cfg: Config) -> dict:
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 4)
     flops = 6 * weights * codes_per_step
     metrics = Metrics(
-        run, cfg, first, steps, clock=clock, unit="images", per_step=batch, flops=flops
+        run, cfg, state, steps, clock=clock, unit="images", per_step=batch, flops=flops
     )
 
     def evaluate_now(step: int) -> None:
         values = reconstruction_metrics(model, val_images, min(50, cfg.micro_batch), device)
-        metrics.row(step=step, **values)
         used = values["codes_used"]
         metrics.line(
             f"val {step}/{steps} | psnr {values['val_psnr']:.2f} dB "
@@ -278,6 +276,7 @@ def main(cfg: Config) -> dict:
         shown = val_images[:12].to(device)
         rows = np.concatenate([to_uint8(shown), to_uint8(model.decode(model.encode(shown)))])
         image_grid(rows, columns=len(shown)).save(run / "samples" / f"{step:07d}.png")
+        metrics.row(step=step, **values)  # last: the evaluation is complete
 
     batches = prefetch(read, first, steps, device)
     with training_loop(cfg, metrics, model, [adamw], state, evaluate_now) as after_step:
@@ -291,7 +290,7 @@ def main(cfg: Config) -> dict:
                 images = random_crops(images, cfg.crop, shape.downsample, rng)
             losses, vectors, codes = backward(forward, images, cfg)
             norm = clipped_norm(model, cfg.grad_clip)
-            loss, commit, norm = check_finite(run, step, "--lr", *losses, norm)
+            loss, commit, norm = check_finite(cfg, step, "lr", model, [adamw], *losses, norm)
             update([adamw])
             revived = update_codebook(cfg, model, vectors, codes, step, steps)
             counts = {"codes": len(codes.unique()), "revived": revived}

@@ -4,10 +4,12 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
+import signal
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import yaml
@@ -15,6 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import register_type
 
 RUNS = Path("runs")
+STAGES = ("llm", "vqvae", "multimodal")
 
 
 class UserError(Exception):
@@ -27,6 +30,8 @@ class HumanInt(int):
     def __new__(cls, value):
         if isinstance(value, str):
             value = cls.parse(value)
+        elif not isinstance(value, int | float) or value != int(value):
+            raise ValueError(f"{value!r} is not an integer")
         return super().__new__(cls, value)
 
     @staticmethod
@@ -51,8 +56,10 @@ class RunConfig:
 
     run: str = "auto"
     """Name of the run; its folder is runs/NAME. auto: the stage and the current time."""
-    resume: bool = False
-    """Continue from the newest checkpoint of --run."""
+    resume: bool | str = False
+    """Continue --run from its newest checkpoint. A checkpoint folder instead starts the new run
+    --run from it, with the settings of the run that saved it; learning rates, weight decay and
+    schedule may differ, but not budget, batch, data or model."""
     seed: int = 0
     """Random seed of the initial weights, the data order and the samples."""
     eval_every: float = 0.25
@@ -78,7 +85,8 @@ class RunConfig:
     """Whether to log to Weights & Biases as well."""
 
 
-# Settings that may differ when a run is resumed: they do not change what is trained.
+# Settings that may differ when a run is resumed: they do not change what is trained. Where the data
+# lies may differ because a run stores the hashes of its data.
 MACHINE_KEYS = {
     "resume",
     "device",
@@ -90,6 +98,17 @@ MACHINE_KEYS = {
     "log_every",
     "wandb",
     "gpu_hourly_usd",
+    "sample_prompts",
+    "sample_tokens",
+    "sample_n",
+    "guidance",
+    "temperature",
+    "top_p",
+    "text_source",
+    "data.source",
+    "data.val_source",
+    "data.cache",
+    "data.retry_seconds",
 }
 
 
@@ -103,8 +122,8 @@ def load_config(
 ):
     """A `config_class` from its defaults, then `--config FILE.yaml`, then flags in `argv`.
 
-    With `--resume`, the run's own config.yaml comes before the file and the flags. `prog` and the
-    first paragraph of `description` head the help. Raises UserError.
+    With `--resume`, the config.yaml of the run to continue comes before the file and the flags.
+    `prog` and the first paragraph of `description` head the help. Raises UserError.
     """
     description = (description or "").split("\n\n")[0]
     parser = ArgumentParser(
@@ -113,24 +132,38 @@ def load_config(
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_class_arguments(config_class, as_positional=True)
     for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:  # --resume alone means --resume true
+        if getattr(action, "_typehint", None) in (bool, bool | str):  # --resume: --resume true
             action.nargs, action.const = "?", True
         if action.dest == "run" and not action.option_strings:  # without it: the newest run
             action.nargs, action.required, action.default = "?", False, ""
     argv = files_first(list(sys.argv[1:] if argv is None else argv))
+    for word in argv:
+        if word.startswith("--config="):
+            check_file(Path(word.removeprefix("--config=")), parser)
     try:
         values = parser.parse_args(argv)
         if values.get("resume"):
             run = RUNS / str(values.run)
+            if values.resume is not True:
+                run = Path(values.resume).resolve().parent.parent
             if (run / "config.yaml").exists():
                 known = {action.dest for action in parser._actions}
                 check_resumable(run, config_class.stage, known)
+                check_file(run / "config.yaml", parser)
                 parser.default_config_files = [str(run / "config.yaml")]
             values = parser.parse_args(argv)
         values.pop("config")
-        return config_class(**vars(parser.instantiate(values)))
-    except (ArgumentError, ValueError, TypeError) as error:
+        cfg = config_class(**vars(parser.instantiate(values)))
+    except (ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(one_line(str(error), parser)) from error
+    check_numbers(cfg)
+    settings = json.dumps(dataclasses.asdict(cfg), default=str, ensure_ascii=False)
+    if redact(settings) != settings:
+        raise UserError(
+            "the settings contain an access token or a password, which would be stored in the run; "
+            "omit it and set HF_TOKEN or WANDB_API_KEY in the environment"
+        )
+    return cfg
 
 
 def files_first(argv: list[str]) -> list[str]:
@@ -139,12 +172,42 @@ def files_first(argv: list[str]) -> list[str]:
     words = iter(argv)
     for word in words:
         if word == "--config":
-            files += [word, *[value for value in [next(words, None)] if value is not None]]
+            value = next(words, None)
+            files.append(word if value is None else f"--config={value}")
         elif word.startswith("--config="):
             files.append(word)
         else:
             flags.append(word)
     return files + flags
+
+
+def check_file(path: Path, parser: ArgumentParser) -> None:
+    """Raises UserError unless a file of settings can be read."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
+        settings = read_yaml(path)
+        groups = {action.dest.split(".")[0] for action in parser._actions if "." in action.dest}
+        for group in groups & settings.keys():
+            if not isinstance(settings[group], dict):
+                raise ValueError(f"{group} holds no settings")
+        types = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+        for name, value in flatten(settings).items():  # the parser accepts null for any type
+            if value is None and type(None) not in get_args(types.get(name)):
+                raise ValueError(f"{name} is null")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--config {path} cannot be read: {reason}; pass a YAML file with lines NAME: VALUE"
+        ) from error
+
+
+def read_yaml(path: Path) -> dict:
+    """The settings in a YAML file. Raises OSError, ValueError, RecursionError or YAMLError."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError("it holds no settings")
+    return settings
 
 
 def one_line(message: str, parser: ArgumentParser) -> str:
@@ -164,11 +227,33 @@ def one_line(message: str, parser: ArgumentParser) -> str:
 
 
 # ---- entry point
+class Interrupted(KeyboardInterrupt):
+    """A signal other than SIGINT that asks the process to end."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+def raise_interrupted(number: int, frame) -> None:
+    raise Interrupted(number)
+
+
+def stop_signals() -> list[int]:
+    """The signals that ask this process to end; SIGHUP is ignored under nohup."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 def run_script(main, config_class=None, *, prog=None, description=None) -> None:
     """Call `main` with the config from the command line, or with its words if there is no class.
 
-    A UserError becomes one line on standard error and exit code 2.
+    A UserError becomes one line on standard error and exit code 2; SIGINT, SIGTERM and SIGHUP
+    clean up and exit with 128 + signal.
     """
+    for number in stop_signals():
+        if number != signal.SIGINT:
+            signal.signal(number, raise_interrupted)
     try:
         if config_class is None:
             main(sys.argv[1:])
@@ -176,17 +261,39 @@ def run_script(main, config_class=None, *, prog=None, description=None) -> None:
             main(load_config(config_class, prog=prog, description=description))
     except UserError as error:
         stop(str(error), 2)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
+    except KeyboardInterrupt as error:
+        stop("interrupted", 128 + getattr(error, "number", signal.SIGINT))
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stop("interrupted: standard output was closed", 128 + 13)
+    except OSError as error:
+        stop(f"{error.filename or 'a file'}: {error.strerror or error}; check path and disk", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["MemoryError"])[0]
         remedy = "lower --micro_batch (training), --n (generate.py) or --batch (score_images)"
-        stop(f"out of memory ({reason}); {remedy}", 2)
-    except KeyboardInterrupt:
-        stop("interrupted", 130)
+        stop(f"out of memory ({reason}); {remedy}, or use a smaller model", 2)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on the device or on the CPU."""
+    signs = "can't allocate", "not enough memory", "size calculation overflowed", "Invalid buffer"
+    on_device = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return on_device or any(sign in str(error) for sign in signs)
+
+
+def redact(text: str) -> str:
+    """The text without access tokens and passwords: those of the environment, and what looks so."""
+    for name, value in os.environ.items():
+        if re.search("TOKEN|KEY|SECRET|PASSWORD", name) and len(value) >= 8:
+            text = text.replace(value, "[redacted]")
+    return re.sub(r"\bhf_\w{20,}|(?<=://)[^/@\s]+(?=@)", "[redacted]", text)
 
 
 def stop(message: str, code: int):
     """Print a message to standard error and exit with `code`."""
-    print(f"error: {message}" if code == 2 else message, file=sys.stderr)
+    print(redact(f"error: {message}" if code == 2 else message), file=sys.stderr)
     sys.exit(code)
 
 
@@ -206,12 +313,22 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 
 def saved_config(run: Path) -> dict:
-    """The config.yaml of a run folder. Raises UserError if an earlier version wrote it."""
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    if not isinstance(config, dict) or "stage" not in config:
+    """The config.yaml of a run. Raises UserError if it is damaged or of an earlier version."""
+    path = run / "config.yaml"
+    try:
+        config = read_yaml(path)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged ({reason}); restore it as it was written") from error
+    if "stage" not in config:
         raise UserError(
             f"{run} was made by an earlier version of this code ({made_by(run)}); "
             "use that version, or train again under another --run"
+        )
+    if config["stage"] not in STAGES:
+        raise UserError(
+            f"{path} is damaged (stage {config['stage']!r} is none of {', '.join(STAGES)}); "
+            "restore it as it was written"
         )
     return config
 
@@ -228,8 +345,9 @@ def check_resumable(run: Path, stage: str, known: set[str]) -> None:
 def check_saved_keys(config: dict, known: set[str], run: Path) -> None:
     """Raises UserError if a saved config has settings that this version does not know."""
     groups = {name.split(".")[0] for name in known if "." in name}
-    names = {f"{group}.{key}" for group in groups for key in config.get(group) or {}}
-    unknown = sorted((names | config.keys()) - known - groups)
+    trees = {group: tree for group in groups if isinstance(tree := config.get(group), dict)}
+    names = {f"{group}.{key}" for group, tree in trees.items() for key in tree}
+    unknown = sorted((names | set(map(str, config))) - known - groups)
     if unknown:
         raise UserError(
             f"{run}/config.yaml sets {unknown[0]}, which this version does not support; use the "
@@ -237,10 +355,27 @@ def check_saved_keys(config: dict, known: set[str], run: Path) -> None:
         )
 
 
-def build_from_saved(config_class, values: dict, run: Path):
-    """A config dataclass from values saved in a run. Raises UserError for unknown settings."""
-    check_saved_keys(values, {field.name for field in dataclasses.fields(config_class)}, run)
-    return config_class(**values)
+def build_from_saved(config_class, values, run: Path):
+    """A config dataclass from the values {name: value} that a run saved for it.
+
+    Raises UserError for unknown, missing or invalid settings.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class)
+    names = [field.name for field in dataclasses.fields(config_class)]
+    try:
+        if not isinstance(values, dict):
+            raise TypeError(f"expected {', '.join(names)}, found {values!r}")
+        check_saved_keys(values, set(names), run)
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ValueError(f"it does not set {missing[0]}")
+        return config_class(**vars(parser.parse_object(values)))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{run}/config.yaml does not describe the run ({one_line(str(error), parser)}); "
+            f"restore it, or use the version that made it ({made_by(run)})"
+        ) from error
 
 
 def made_by(run: Path) -> str:
@@ -253,19 +388,35 @@ def made_by(run: Path) -> str:
 
 
 # ---- checks
+def check_numbers(cfg) -> None:
+    """Raises UserError for a number that no tensor or seed can hold."""
+    for name, value in flatten(dataclasses.asdict(cfg)).items():
+        if isinstance(value, int | float) and not abs(value) < 2**63:  # nan compares as false
+            raise UserError(f"--{name} is {value}; use a finite number below 2^63")
+
+
+MAX_SETTING = 1e12  # of settings that are not integers: beyond it arithmetic overflows
+
+
 def check_positive(cfg, *names: str) -> None:
     for name in names:
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"--{name} is {getattr(cfg, name)}; it must be positive")
+        check_range(cfg, name, getattr(cfg, name) > 0, "be positive")
 
 
 def check_not_negative(cfg, *names: str) -> None:
     for name in names:
-        if getattr(cfg, name) < 0:
-            raise UserError(f"--{name} is {getattr(cfg, name)}; it must not be negative")
+        check_range(cfg, name, getattr(cfg, name) >= 0, "not be negative")
 
 
 def check_fractions(cfg, *names: str) -> None:
     for name in names:
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise UserError(f"--{name} is {getattr(cfg, name)}; it must be between 0 and 1")
+        check_range(cfg, name, 0 <= getattr(cfg, name) <= 1, "be between 0 and 1")
+
+
+def check_range(cfg, name: str, good: bool, expected: str) -> None:
+    """Raises UserError unless the setting is good, finite and below MAX_SETTING."""
+    value = getattr(cfg, name)
+    if not good:
+        raise UserError(f"--{name} is {value}; it must {expected}")
+    if isinstance(value, float) and not value <= MAX_SETTING:
+        raise UserError(f"--{name} is {value}; it must be at most {MAX_SETTING:,.0f}")

@@ -1,8 +1,8 @@
 """The device: choosing it, its name, memory and speed. All device-specific calls are here."""
 
+import math
 import platform
 import re
-import resource
 import time
 from pathlib import Path
 
@@ -59,12 +59,19 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process in 10^9 bytes: GPU memory on a GPU, else its resident set."""
+    """Peak memory of this process in 10^9 bytes: GPU memory on a GPU, else its resident set.
+
+    Not a number where the system does not tell (Windows).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     if status.exists():  # on Linux ru_maxrss starts at the parent's resident set
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 

@@ -2,19 +2,29 @@
 
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from common.config import UserError, check_fractions, check_not_negative, check_positive, stop
+from common.config import (
+    RUNS,
+    UserError,
+    check_fractions,
+    check_not_negative,
+    check_positive,
+    stop,
+    stop_signals,
+)
 from common.device import device_name
-from common.metrics import Metrics, evaluations
-from common.run import checkpoints, save_checkpoint
+from common.metrics import Metrics, check_wandb, evaluations
+from common.run import checkpoints, open_run, origin, save_checkpoint, writing
 
 
 # ---- schedules
@@ -24,7 +34,9 @@ def resolve_steps(cfg, budget: str, batch: str) -> int:
     Raises UserError for settings that every script has and that are out of range.
     """
     check_positive(cfg, budget, batch)
-    check_not_negative(cfg, "seed")
+    check_not_negative(cfg, "seed", "gpu_hourly_usd")
+    if cfg.seed >= 2**32:
+        raise UserError(f"--seed is {cfg.seed}; it must be less than 2^32 = {2**32}")
     check_fractions(cfg, "eval_every", "save_every", "warmup_frac", "cooldown_frac")
     if cfg.warmup_frac + cfg.cooldown_frac > 1:
         raise UserError(
@@ -41,6 +53,7 @@ def resolve_steps(cfg, budget: str, batch: str) -> int:
     if cfg.log_every == "auto":
         cfg.log_every = max(1, steps // 50)
     check_positive(cfg, "log_every")
+    check_wandb(cfg)
     return steps
 
 
@@ -57,8 +70,13 @@ def trapezoid(progress: float, warmup: float, cooldown: float, floor: float) -> 
 
 def milestones(steps: int, fraction: float) -> set[int]:
     """The steps that complete a multiple of `fraction` of the budget, and the last step."""
-    count = int(1 / fraction) if fraction else 0
-    return {steps, *(math.ceil(k * fraction * steps - 1e-9) for k in range(1, count + 1))}
+    if not fraction:
+        return {steps}
+    fraction = max(fraction, 1 / steps)
+    return {
+        steps,
+        *(math.ceil(k * fraction * steps - 1e-9) for k in range(1, int(1 / fraction) + 1)),
+    }
 
 
 def set_lr(optimizers: list, factor: float) -> None:
@@ -73,8 +91,14 @@ def finished_summary(run: Path) -> dict | None:
     """The summary of a finished run, announced on the terminal; None if it is not finished."""
     if not (run / "summary.json").exists():
         return None
+    try:
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{run}/summary.json is damaged; delete it and resume with --run {run.name} --resume"
+        ) from error
     print(f"{run} is finished; delete the folder to train it again")
-    return json.loads((run / "summary.json").read_text())
+    return summary
 
 
 def print_setup(cfg, run: Path, first: int, origin: str = "from scratch", **lines: str) -> None:
@@ -87,11 +111,21 @@ def print_setup(cfg, run: Path, first: int, origin: str = "from scratch", **line
 
 
 @contextmanager
-def restored(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
-    """Restore model and optimizers on exit, so that warm-up steps leave no trace."""
+def warming_up(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
+    """Restore model and optimizers on exit, so that the steps that compile leave no trace.
+
+    Raises UserError if they cannot be compiled.
+    """
     parts = [model, *optimizers]
     before = [deepcopy(part.state_dict()) for part in parts]
-    yield
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler raises many exception types
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise UserError(f"torch.compile failed ({reason}); pass --compile false") from error
     for part, state in zip(parts, before, strict=True):
         part.load_state_dict(state)
 
@@ -112,28 +146,49 @@ def clipped_norm(model: nn.Module, limit: float = 0.0) -> Tensor:
     return norm
 
 
-def check_finite(run: Path, step: int, lr_flag: str, *values: Tensor) -> list[float]:
+def state_norm(model: nn.Module, optimizers: list) -> Tensor:
+    """Norm () of all weights, buffers and optimizer state: not finite if one number is not."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [value for state in states for value in state.values() if torch.is_tensor(value)]
+    return nn.utils.get_total_norm([t for t in tensors if t.is_floating_point() and t.ndim])
+
+
+def check_finite(
+    cfg, step: int, lr: str, model: nn.Module, optimizers: list, *values: Tensor
+) -> list[float]:
     """The values, scalars that start with the loss and end with the gradient norm, as floats.
 
-    Raises UserError if one of them is not finite, so that the run stops before the weights change.
+    Raises UserError if one of them, a weight or the optimizer state is not finite, so that the run
+    stops before the weights change. `lr` names the setting to lower.
     """
-    numbers = torch.stack(values).tolist()
-    if not math.isfinite(sum(numbers)):
-        saved = checkpoints(run)
-        last = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved"
-        raise UserError(
-            f"loss {numbers[0]}, gradient norm {numbers[-1]} at step {step}; stopped before "
-            f"updating the weights ({last}); start a new run with a lower {lr_flag}"
-        )
-    return numbers
+    norm = state_norm(model, optimizers).to(values[0].device)
+    *numbers, weights = torch.stack([*values, norm]).tolist()
+    if math.isfinite(sum(numbers) + weights):
+        return numbers
+    saved = checkpoints(RUNS / cfg.run)
+    names = (f"{cfg.run}-{i}" for i in count(2))
+    command = f"--run {next(name for name in names if not (RUNS / name).exists())}"
+    where = "start again"
+    if saved:
+        where = f"continue from {saved[-1]}"
+        command = f"--resume {saved[-1]} {command}"
+    raise UserError(
+        f"loss {numbers[0]}, gradient norm {numbers[-1]}, norm of weights and optimizer state "
+        f"{weights} at step {step}; stopped before updating the weights; {where} with a lower "
+        f"learning rate: {command} --{lr} {getattr(cfg, lr) / 2:.3g}"
+    )
 
 
 class Interrupt:
-    """Context in which SIGINT and SIGTERM set `code` to 128 + signal; a second one stops now."""
+    """Context in which SIGINT, SIGTERM and SIGHUP set `code` to 128 + signal; a second signal
+    stops at once.
+    """
+
+    code = 0
 
     def __enter__(self):
-        self.code = 0
-        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.handle) for number in stop_signals()}
         return self
 
     def handle(self, number: int, frame) -> None:
@@ -145,6 +200,55 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+class AfterStep:
+    """What happens after a step, in this order and with the clock stopped: it is recorded, then at
+    the intervals of cfg logged, saved and evaluated; if a signal asked for it, the run is saved
+    and stopped before the evaluation or right after it.
+    """
+
+    def __init__(self, cfg, metrics: Metrics, model, optimizers, state: dict, evaluate):
+        self.cfg, self.metrics, self.run, self.steps = cfg, metrics, metrics.run, metrics.steps
+        self.model, self.optimizers, self.state, self.evaluate = model, optimizers, state, evaluate
+        self.evals = milestones(self.steps, cfg.eval_every)
+        self.saves = milestones(self.steps, cfg.save_every)
+        self.interrupt, self.called, self.saved = Interrupt(), False, state["step"]
+
+    def __call__(self, step: int, *, loss: float, grad_norm: float, lr: float, **values) -> None:
+        metrics, self.called = self.metrics, True
+        with writing(self.run, self.run / "metrics.jsonl"):
+            metrics.row(step=step, loss=loss, **values, grad_norm=grad_norm, lr=lr)
+        log = step % self.cfg.log_every == 0 or step == self.steps
+        if not (log or step in self.saves or step in self.evals or self.interrupt.code):
+            return
+        metrics.clock.stop()
+        if log:
+            metrics.log(step, loss, lr, grad_norm)
+        if step in self.saves:
+            self.save(step)
+        self.stop_if_asked(step)
+        if step in self.evals:
+            self.evaluate_now(step)
+            self.stop_if_asked(step)
+        metrics.clock.start()
+
+    def save(self, step: int) -> None:
+        progress = {"step": step, "train_seconds": self.metrics.clock.seconds}
+        progress |= {"rows": self.metrics.sync()}
+        save_checkpoint(self.run, self.model, self.optimizers, self.state | progress)
+        self.saved = step
+
+    def evaluate_now(self, step: int) -> None:
+        with writing(self.run, self.run / "samples"):
+            self.evaluate(step)
+
+    def stop_if_asked(self, step: int) -> None:
+        if self.interrupt.code:
+            if self.saved != step:
+                self.save(step)
+            resume = f"resume with --run {self.cfg.run} --resume"
+            stop(f"stopped at step {step} and saved; {resume}", self.interrupt.code)
+
+
 @contextmanager
 def training_loop(
     cfg,
@@ -153,40 +257,53 @@ def training_loop(
     optimizers: list,
     state: dict,
     evaluate: Callable[[int], None],
-) -> Iterator[Callable]:
-    """Run the clock and yield `after_step`, to be called after every step of the loop.
+    assets: Callable[[Path], None] = lambda folder: None,
+) -> Iterator[AfterStep]:
+    """Lock the run, create its folder if it is new, and yield the function to call after a step:
+    after_step(step, loss=, grad_norm=, lr=, **values).
 
-    after_step(step, loss=, grad_norm=, lr=, **values) records the step, then at the intervals of
-    cfg logs, saves, stops if a signal asked for it, and calls evaluate(step), in this order and
-    with the clock stopped. `state` is what a checkpoint stores beside step and train_seconds.
-    A run that stopped between saving and evaluating is evaluated first.
+    `state` is what a checkpoint stores beside step and train_seconds; `assets` writes what a new
+    folder contains beside its config. A run that stopped between saving and evaluating is
+    evaluated first. A new folder is removed again if no step is completed.
     """
-    run, steps, clock = metrics.run, metrics.steps, metrics.clock
-    evals, saves = milestones(steps, cfg.eval_every), milestones(steps, cfg.save_every)
+    run, first = metrics.run, state["step"]
+    after_step = AfterStep(cfg, metrics, model, optimizers, state, evaluate)
 
-    def after_step(step: int, *, loss: float, grad_norm: float, lr: float, **values) -> None:
-        metrics.row(step=step, loss=loss, **values, grad_norm=grad_norm, lr=lr)
-        log = step % cfg.log_every == 0 or step == steps
-        save = step in saves or interrupt.code
-        if not (log or save or step in evals):
-            return
-        clock.stop()
-        if log:
-            metrics.log(step, loss, lr, grad_norm)
-        if save:
-            progress = {"step": step, "train_seconds": clock.seconds}
-            save_checkpoint(run, model, optimizers, state | progress)
-        if interrupt.code:
-            metrics.close()
-            resume = f"resume with --run {cfg.run} --resume"
-            stop(f"stopped at step {step} and saved; {resume}", interrupt.code)
-        if step in evals:
-            evaluate(step)
-        clock.start()
+    def fill(folder: Path) -> None:
+        assets(folder)
+        if cfg.resume:
+            start_from(origin(cfg, run), folder, first)
+            save_checkpoint(folder, model, optimizers, state)
 
-    first = state["step"]
-    if first in evals and first not in {row["step"] for row in evaluations(run)}:
-        evaluate(first)
-    with Interrupt() as interrupt:
-        clock.start()
-        yield after_step
+    lock = open_run(cfg, run, fill)
+    try:
+        metrics.open()
+        forget_later(run, first)
+        evaluated = {row["step"] for row in evaluations(run)}
+        if first in after_step.evals and first not in evaluated:
+            after_step.evaluate_now(first)
+        with after_step.interrupt:
+            metrics.clock.start()
+            yield after_step
+    except BaseException:
+        if not (after_step.called or cfg.resume is True):
+            shutil.rmtree(run)
+        raise
+    finally:
+        metrics.close()
+        lock.release()
+
+
+def start_from(parent: Path, folder: Path, step: int) -> None:
+    """Copy what `parent` has up to `step`, beside its checkpoints, into a new run folder."""
+    shutil.copy(parent / "metrics.jsonl", folder)
+    for best in checkpoints(parent, "best"):
+        if int(best.name) <= step:
+            shutil.copytree(best, folder / "best" / best.name)
+
+
+def forget_later(run: Path, step: int) -> None:
+    """Remove a best checkpoint of a step that will be repeated."""
+    for best in checkpoints(run, "best"):
+        if int(best.name) > step:
+            shutil.rmtree(best)

@@ -4,17 +4,20 @@ import ast
 import hashlib
 import inspect
 import json
+import os
+import secrets
 import sys
 import textwrap
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 from torch import nn
 from tqdm import tqdm
 
-from common.config import to_plain
+from common.config import UserError, to_plain
 from common.device import Clock, device_name, peak_flops, peak_memory_gb
-from common.run import git_state, write_text
+from common.run import write_text, writing
 
 
 class Metrics:
@@ -22,8 +25,11 @@ class Metrics:
 
     On a terminal a progress bar replaces the lines.
 
+    Nothing is written before open().
+
     Args:
-        step, steps: current and last step of the run.
+        state: of the run, from `resume`.
+        steps: last step of the run.
         clock: measures training time; must be stopped when `log` and `finish` read it.
         unit, per_step: what the budget counts ("tokens", "images" or "sequences"), and how many
             of them a step takes.
@@ -34,7 +40,7 @@ class Metrics:
         self,
         run: Path,
         cfg,
-        step: int,
+        state: dict,
         steps: int,
         *,
         clock: Clock,
@@ -42,26 +48,30 @@ class Metrics:
         per_step: int,
         flops: float,
     ):
-        # rows after the checkpoint will be written again
-        kept = [row for row in read_metrics(run) if row["step"] <= step]
-        write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = (run / "metrics.jsonl").open("a", buffering=1)
-        self.run, self.cfg, self.steps, self.clock = run, cfg, steps, clock
+        self.run, self.cfg, self.state, self.steps, self.clock = run, cfg, state, steps, clock
         self.unit, self.per_step, self.flops = unit, per_step, flops
         self.peak = peak_flops(clock.device, cfg.dtype)
-        self.last_step, self.last_seconds = step, clock.seconds
-        self.code = git_state()  # taken now: a commit made later is not what this run executed
+        self.last_step, self.last_seconds = state["step"], clock.seconds
         self.tty = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.tty
-        )
-        self.wandb = None
-        if cfg.wandb:
-            import wandb
+        self.file = self.bar = self.wandb = None
 
-            self.wandb = wandb.init(
-                project="blueberry", name=cfg.run, dir=run, config=to_plain(cfg)
+    def open(self) -> None:
+        """Open metrics.jsonl, without rows of steps that will be repeated. Raises UserError."""
+        step, path = self.state["step"], self.run / "metrics.jsonl"
+        kept = [json.dumps(row) + "\n" for row in read_metrics(self.run) if row["step"] <= step]
+        text = "".join(kept).encode()
+        if step and rows_sha256(text[: self.state["rows"]["bytes"]]) != self.state["rows"]:
+            raise UserError(
+                f"{path} does not have the rows up to the checkpoint of step {step}; restore "
+                f"it, or delete {self.run} and train again"
             )
+        write_text(path, text.decode())
+        self.file = path.open("a", buffering=1, encoding="utf-8")
+        self.bar = tqdm(
+            total=self.steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.tty
+        )
+        if self.cfg.wandb:
+            self.wandb = open_wandb(self.run, self.cfg)
 
     def row(self, *, step: int, **values) -> None:
         """Append a row of values at a step, with the part of the budget used so far."""
@@ -97,21 +107,30 @@ class Metrics:
         else:
             print(text, flush=True)
 
+    def sync(self) -> dict:
+        """Force the rows to disk, so that a checkpoint never has steps that metrics.jsonl lacks.
+
+        Returns what a checkpoint stores of them: {"bytes", "sha256"}.
+        """
+        os.fsync(self.file.fileno())
+        return rows_sha256((self.run / "metrics.jsonl").read_bytes())
+
     def close(self) -> None:
-        self.bar.close()
-        self.file.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            with suppress(OSError):  # of a full disk, which row() has reported
+                self.file.close()
         if self.wandb:
             self.wandb.finish()
 
     def finish(self, model: nn.Module, tokens: int, **results) -> dict:
-        """Close, plot loss.png, then write, print and return summary.json.
+        """Plot loss.png, then write, print and return summary.json.
 
         Args:
             tokens: tokens trained on.
             results: the stage's own entries, such as val_loss.
         """
-        self.close()
-        plot_loss(self.run, self.unit)
         last_rows = [row for row in read_metrics(self.run) if row["step"] > 0.95 * self.steps]
         losses = [row["loss"] for row in last_rows if "loss" in row]
         seconds, budget = self.clock.seconds, self.steps * self.per_step
@@ -129,23 +148,78 @@ class Metrics:
             "mfu": self.flops * self.steps / seconds / self.peak if self.peak else None,
             "peak_memory_gb": peak_memory_gb(self.clock.device),
             "device": device_name(self.clock.device),
-            **self.code,
+            **{key: self.state["code"][-1][key] for key in ("commit", "dirty", "code_sha256")},
+            "code": self.state["code"],
+            "inputs": self.state["inputs"],
             "cost_usd": seconds / 3600 * self.cfg.gpu_hourly_usd,
         }
-        write_text(self.run / "summary.json", json.dumps(summary, indent=2))
+        with writing(self.run, self.run / "summary.json"):
+            plot_loss(self.run, self.unit)
+            write_text(self.run / "summary.json", json.dumps(summary, indent=2))
         print("\n".join(f"{key}: {value}" for key, value in summary.items()))
         print(f"saved in {self.run}")
         return summary
 
 
+def rows_sha256(text: bytes) -> dict:
+    """Length and hash of the rows of a metrics.jsonl."""
+    return {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+
+
+def check_wandb(cfg) -> None:
+    """Raises UserError if cfg.wandb is set, but Weights & Biases cannot be used."""
+    if not cfg.wandb:
+        return
+    import wandb
+
+    if wandb.setup().settings._offline or wandb.api.api_key:
+        return
+    raise UserError(
+        "--wandb is set, but there is no API key; run `wandb login`, set WANDB_API_KEY, or set "
+        "WANDB_MODE=offline to log into the run folder"
+    )
+
+
+def open_wandb(run: Path, cfg):
+    """The Weights & Biases run of a run folder, the same one after --resume. Raises UserError."""
+    import wandb
+
+    file = run / "wandb_id"
+    if not file.exists():
+        write_text(file, secrets.token_hex(4))
+    try:
+        return wandb.init(
+            project="blueberry",
+            name=cfg.run,
+            id=file.read_text(),
+            resume="allow",
+            dir=run.resolve(),  # its service has a working directory of its own
+            config=to_plain(cfg),
+        )
+    except Exception as error:  # wandb raises many exception types
+        raise UserError(
+            f"--wandb failed: {str(error).splitlines()[0]}; check the network and the key, or set "
+            "WANDB_MODE=offline"
+        ) from error
+
+
 def read_metrics(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl, without a last one that a kill cut short."""
+    """The rows of metrics.jsonl, without a last one that a kill cut short.
+
+    Raises UserError if another row is damaged.
+    """
     path, rows = run / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
-            break
+            rows[-1]["step"] + 0  # every row has a step
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                return rows
+            raise UserError(
+                f"{path} is damaged in line {number}; restore it, or delete {run} and train again"
+            ) from error
     return rows
 
 

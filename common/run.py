@@ -1,5 +1,6 @@
 """The run folder runs/NAME: its config, provenance and checkpoints."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,15 +10,27 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common.config import MACHINE_KEYS, RUNS, UserError, flatten, saved_config, to_plain
+from common.config import (
+    MACHINE_KEYS,
+    RUNS,
+    UserError,
+    flatten,
+    made_by,
+    redact,
+    saved_config,
+    to_plain,
+)
 from common.device import device_name
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 
 # ---- folder
 def check_run(cfg) -> Path:
-    """The folder of cfg.run: a new one, or with cfg.resume an existing one with the same settings.
+    """The folder of cfg.run: a new one, or with cfg.resume one whose settings agree with cfg.
 
     Raises UserError.
     """
@@ -33,40 +46,131 @@ def check_run(cfg) -> Path:
         if cfg.resume:
             raise UserError("--resume needs the name of a run; add --run NAME")
         cfg.run = f"{cfg.stage}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not re.fullmatch(r"\w[\w.+-]*", cfg.run):
-        raise UserError(f"--run {cfg.run!r} is not a valid name; use letters, digits, '._+-'")
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", cfg.run):
+        raise UserError(
+            f"--run {cfg.run!r} is not a valid name; use up to 100 letters, digits and '._+-'"
+        )
     run = RUNS / cfg.run
-    if not cfg.resume:
+    if cfg.resume is not True:
         if run.exists():
-            raise UserError(f"{run} exists; add --resume, choose another --run or delete it")
+            remedy = "choose another --run" if cfg.resume else "add --resume, choose another --run"
+            raise UserError(f"{run} exists; {remedy} or delete it")
+        if cfg.resume:
+            check_same_settings(cfg, branch_parent(cfg), FIXED_IN_BRANCH)
         return run
     if not (run / "config.yaml").exists():
         remedy = f"delete {run} and omit --resume" if run.exists() else "omit --resume"
         raise UserError(f"--resume: {run} has no config.yaml; to start a new run, {remedy}")
-    now, saved = flatten(to_plain(cfg)), flatten(saved_config(run))
-    for key, value in now.items():
-        if value != saved.get(key) and key not in MACHINE_KEYS:
-            raise UserError(
-                f"--{key} is {value}, but {run} was started with {saved.get(key)}; "
-                f"omit --{key} or start another run"
-            )
+    check_same_settings(cfg, run, r"(?!run$).*")
+    lock_run(run).release()  # refuse now what would be refused after all preparation
     return run
 
 
-def open_run(cfg, run: Path) -> None:
-    """Create the folder with the resolved config if it is new; write env.json either way."""
-    if not run.exists():
-        (run / "checkpoints").mkdir(parents=True)
-        (run / "samples").mkdir()
-        plain = {key: value for key, value in to_plain(cfg).items() if key != "resume"}
-        write_text(run / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+# What a run that starts from a checkpoint of another one shares with it, as a regular expression:
+# what the step of the checkpoint counts and what its weights fit.
+FIXED_IN_BRANCH = r"stage|tokens|images|sequences|batch_\w+|crop|text_frac|data\..*|model\..*"
+
+
+def check_same_settings(cfg, run: Path, pattern: str) -> None:
+    """Raises UserError if a setting that matches the pattern differs from the run's, apart from
+    MACHINE_KEYS.
+    """
+    now, saved = flatten(to_plain(cfg)), flatten(saved_config(run))
+    for key, value in now.items():
+        if key in MACHINE_KEYS or not re.fullmatch(pattern, key) or value == saved.get(key):
+            continue
+        if key not in saved:
+            raise UserError(f"{run}/config.yaml is damaged (it has no {key}); restore it")
+        remedy = "start another run"
+        if not re.fullmatch(FIXED_IN_BRANCH, key) and (last := checkpoints(run)[-1:]):
+            remedy = f"start a new run from a checkpoint: --resume {last[0]} --run NEW_NAME"
+        raise UserError(
+            f"--{key} is {value}, but {run} was started with {saved[key]}; omit --{key} or {remedy}"
+        )
+
+
+def branch_parent(cfg) -> Path:
+    """The run of the checkpoint cfg.resume. Raises UserError."""
+    checkpoint = Path(cfg.resume)
+    run = checkpoint.parent.parent
+    if not checkpoint.is_dir() or not (run / "config.yaml").exists():
+        raise UserError(
+            f"--resume {cfg.resume} is not a checkpoint; pass runs/NAME/checkpoints/STEP, or "
+            "--resume alone to continue --run"
+        )
+    return run
+
+
+def origin(cfg, run: Path) -> Path | None:
+    """The run that cfg continues: `run` itself, that of the checkpoint cfg.resume, or None."""
+    if cfg.resume is True:
+        return run
+    return branch_parent(cfg) if cfg.resume else None
+
+
+def lock_run(folder: Path) -> FileLock:
+    """The acquired lock of a run folder; the system releases it when the process ends.
+
+    Raises UserError if another process has it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another process is training {folder}; wait until it ends, or choose another --run"
+        ) from None
+    return lock
+
+
+def open_run(cfg, run: Path, assets: Callable[[Path], None]) -> FileLock:
+    """Lock the run, created with its config and what `assets` writes into a folder if it is new.
+
+    A new folder appears under its name only when it is complete. Files that a killed process left
+    half-written are removed. Raises UserError.
+    """
+    if cfg.resume is True:
+        lock = lock_run(run)
+    else:
+        folder = RUNS / f".{run.name}.tmp"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_run(folder)
+        try:
+            with writing(run, run):
+                fill_run(cfg, folder, assets)
+                folder.rename(run)
+        except BaseException:
+            lock.release()
+            shutil.rmtree(folder)
+            raise
+    for leftover in (*run.glob("*.tmp"), *run.glob("*/*.tmp")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    write_environment(cfg, run)
+    return lock
+
+
+def fill_run(cfg, folder: Path, assets: Callable[[Path], None]) -> None:
+    """Write everything that a new run folder starts with."""
+    for leftover in folder.iterdir():  # of a process that was killed while it did this
+        if leftover.name != ".lock":
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    (folder / "checkpoints").mkdir()
+    (folder / "samples").mkdir()
+    plain = {k: v for k, v in to_plain(cfg).items() if k != "resume" or v}
+    write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+    write_environment(cfg, folder)
+    assets(folder)
+
+
+def write_environment(cfg, run: Path) -> None:
+    """Write env.json: the machine, the code and the command of this start of the run."""
     env = {
         **git_state(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "device": device_name(torch.device(cfg.device)),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(redact, sys.argv[1:])],
     }
     write_text(run / "env.json", json.dumps(env, indent=2))
 
@@ -82,7 +186,8 @@ def git_state() -> dict:
     code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
     def git(*args: str) -> str:
-        command = ["git", *args]
+        # without the optional locks, a kill cannot leave .git/index.lock behind
+        command = ["git", "--no-optional-locks", *args]
         return subprocess.check_output(command, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
 
     try:
@@ -93,10 +198,79 @@ def git_state() -> dict:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
+    """Write a UTF-8 file completely or not at all. Raises UserError if the disk is full."""
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
+    try:
+        with tmp.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except OSError as error:
+        tmp.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free disk space or fix the permissions"
+        ) from error
+
+
+PATIENCE = 20.0  # seconds to wait for another process that prepares the same
+
+
+@contextmanager
+def locked(path: Path, patience: float = -1) -> Iterator[None]:
+    """Hold a lock on a file or folder of the cache; waits for a process that holds it.
+
+    After `patience` seconds, if it is not negative, goes on without the lock. The lock is
+    .NAME.lock beside `path`. The system releases it when its process ends, however it ends, so
+    that a lock file left on disk blocks nobody.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that prepares {path}", flush=True)
+        with suppress(Timeout):
+            lock.acquire(timeout=patience)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[Path | None]:
+    """A temporary folder to fill, which then becomes `folder`; None if `folder` exists.
+
+    `folder` is complete or absent. Two processes may build it at once: the second waits, and if
+    that takes long, as when the first is suspended, it builds the folder itself.
+    """
+    if folder.is_dir():
+        yield None
+        return
+    with locked(folder, PATIENCE):
+        if folder.is_dir():
+            yield None
+            return
+        remove_abandoned(folder)
+        tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            tmp.mkdir()
+            yield tmp
+            with suppress(OSError):  # another process has built it meanwhile
+                tmp.rename(folder)
+            assert folder.is_dir(), f"{tmp} could not be renamed"
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what processes that are no longer alive left of building a folder."""
+    for tmp in folder.parent.glob(f".{folder.name}.*.tmp"):
+        try:
+            os.kill(int(tmp.name.split(".")[-2]), 0)  # signal 0 only asks
+        except ProcessLookupError:
+            shutil.rmtree(tmp, ignore_errors=True)
 
 
 def find_run(name: str) -> tuple[Path, Path, dict]:
@@ -145,40 +319,95 @@ def save_checkpoint(
 ) -> None:
     """Write PLACE/STEP under a temporary name, sync and rename it; keep the newest `keep`.
 
-    `state` must contain `step`.
+    `state` must contain `step`. Raises UserError if the disk is full.
     """
     folder = run / place / f"{state['step']:07d}"
     tmp = folder.with_name(f".{folder.name}.tmp")
-    for leftover in folder.parent.glob(".*.tmp"):
+    with writing(run, folder):
+        remove_temporary(folder.parent)
+        tmp.mkdir(parents=True)
+        save_file(model.state_dict(), tmp / "model.safetensors")
+        if optimizers:
+            save_states([o.state_dict() for o in optimizers], tmp / "optimizer.pt")
+        for file in tmp.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        hashes = {file.name: file_sha256(file) for file in sorted(tmp.iterdir())}
+        hashes["state.json"] = sha256_of(state)
+        write_text(tmp / "state.json", json.dumps(state | {"sha256": hashes}, indent=2))
+        if folder.exists():  # left by a run that was resumed from before it
+            folder.rename(folder.with_name(f".{folder.name}.old.tmp"))
+        tmp.rename(folder)
+        for old in checkpoints(run, place)[:-keep]:  # a kill must not leave half a checkpoint
+            old.rename(old.with_name(f".{old.name}.old.tmp"))
+        remove_temporary(folder.parent)
+
+
+def save_states(states: list[dict], path: Path) -> None:
+    """torch.save that raises OSError if the file cannot be written."""
+    try:
+        torch.save(states, path)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # its writer has several messages for a full disk
+        raise OSError(errno.EIO, "the file could not be written completely") from error
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what was not completed, or no longer needed, in a folder of checkpoints."""
+    for leftover in folder.glob(".*.tmp"):
         shutil.rmtree(leftover)
-    tmp.mkdir(parents=True)
-    save_file(model.state_dict(), tmp / "model.safetensors")
-    torch.save([o.state_dict() for o in optimizers], tmp / "optimizer.pt")
-    (tmp / "state.json").write_text(json.dumps(state, indent=2))
-    for file in tmp.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was resumed from before it
-    tmp.rename(folder)
-    for old in checkpoints(run, place)[:-keep]:
-        shutil.rmtree(old)
+
+
+@contextmanager
+def writing(run: Path, path: Path) -> Iterator[None]:
+    """Turn errors of writing `path` into a UserError that says how to continue the run."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        remove_temporary(path.parent)
+        kept, then = "", "start it again"
+        if run.exists():
+            then = f"continue with --run {run.name} --resume"
+        if saved := checkpoints(run):
+            kept = f" (the last checkpoint, {saved[-1]}, is intact)"
+        raise UserError(
+            f"cannot write {path}: {reason}{kept}; free disk space or fix the permissions, then "
+            f"{then}"
+        ) from error
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> dict:
-    """Load a checkpoint folder into model and optimizers; returns its state. Raises UserError."""
+    """Load a checkpoint folder into model and optimizers; returns its state.
+
+    Raises UserError, also if a file is not the one that was saved.
+    """
+    names = ["model.safetensors", "optimizer.pt"][: 2 if optimizers else 1]
+    run = folder.parent.parent
     try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if "sha256" not in state:
+            raise UserError(
+                f"{folder} was saved by an earlier version of this code ({made_by(run)}); use that "
+                "version, or train again under another --run"
+            )
+        hashes = state.pop("sha256")
+        found = {name: file_sha256(folder / name) for name in names}
+        for name, value in {**found, "state.json": sha256_of(state)}.items():
+            if value != hashes[name]:
+                raise ValueError(f"the sha256 of {name} is not that in state.json")
+        if int(folder.name) != state["step"]:
+            raise ValueError(f"state.json is of step {state['step']}")
         weights = load_file(folder / "model.safetensors")
-        state = json.loads((folder / "state.json").read_text())
         moments = []
         if optimizers:
             file = folder / "optimizer.pt"
             moments = torch.load(file, weights_only=True, map_location="cpu")
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{folder} is damaged ({reason}); delete it to use the previous checkpoint, or train "
-            "again if there is none"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # the parsers raise many exception types
+        raise UserError(damage(folder, error)) from error
     saved = {name: tuple(w.shape) for name, w in weights.items()}
     expected = {name: tuple(w.shape) for name, w in model.state_dict().items()}
     for name in sorted(saved.keys() | expected.keys()):
@@ -189,13 +418,83 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> di
             )
     model.load_state_dict(weights)
     for optimizer, saved_state in zip(optimizers, moments, strict=True):
+        groups = [{**group} for group in optimizer.param_groups]
         optimizer.load_state_dict(saved_state)
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update(settings)  # the rates of this run, not of the run it may come from
     return state
 
 
-def resume(run: Path, model: nn.Module, optimizers: list) -> dict:
-    """Load the newest checkpoint, if there is one; returns its state, at least step and seconds."""
-    saved = checkpoints(run)
-    if not saved:
-        return {"step": 0, "train_seconds": 0.0}
-    return load_checkpoint(saved[-1], model, optimizers)
+def damage(folder: Path, error: Exception) -> str:
+    """What is wrong with a checkpoint, and what to do about it."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, KeyError):
+        reason = f"state.json has no {error}"
+    run = folder.parent.parent
+    earlier = [path for path in checkpoints(run, folder.parent.name) if path.name < folder.name]
+    remedy = f"delete it to use {earlier[-1]}" if earlier else f"delete {run} and train again"
+    if run.name == "vqvae" and not earlier:  # the copy in a multimodal run
+        remedy = f"delete {run} to copy it from --vqvae again"
+    return f"{folder} is damaged ({reason}); {remedy}"
+
+
+# ---- resume
+INPUTS = {  # what a run was trained on: (what it is, the setting that names it)
+    "train": ("training data", "--data.source"),
+    "val": ("validation data", "--data.val_source or --data.source"),
+    "tokenizer": ("tokenizer", "the run's tokenizer folder"),
+    "vqvae": ("VQ-VAE", "--vqvae"),
+    "text": ("plain text", "--text_source"),
+}
+
+
+def resume(cfg, run: Path, model: nn.Module, optimizers: list, inputs: dict[str, str]) -> dict:
+    """Load the checkpoint that cfg.resume asks for; returns the state of the run.
+
+    The state has step, train_seconds, `inputs` (hashes of what the run is trained on), `recipe`
+    (hash of its settings) and `code` (every version of the code that trained it, with its first
+    step). Raises UserError if the checkpoint was trained on other inputs or, in the same run, with
+    other settings.
+    """
+    settings = flatten(to_plain(cfg)).items()
+    recipe = sha256_of({k: v for k, v in settings if k not in MACHINE_KEYS and k != "run"})
+    state = {"step": 0, "train_seconds": 0.0, "code": []}
+    saved = checkpoints(run)[-1:] if cfg.resume is True else [Path(p) for p in [cfg.resume] if p]
+    if saved:
+        (folder,) = saved
+        state = load_checkpoint(folder, model, optimizers)
+        for name, value in inputs.items():
+            what, setting = INPUTS[name]
+            if state["inputs"].get(name) != value:
+                raise UserError(
+                    f"the {what} is not what {folder} was trained on; restore {setting} as it was, "
+                    "or train again under another --run"
+                )
+        if cfg.resume is True and state["recipe"] != recipe:
+            raise UserError(
+                f"{run}/config.yaml or {folder} was changed since it was saved; restore it, or "
+                "train again under another --run"
+            )
+    return state | {"inputs": inputs, "recipe": recipe, "code": code_history(state)}
+
+
+def code_history(state: dict) -> list[dict]:
+    """The versions of the code that trained a run, each with the step before its first one."""
+    history, now = state["code"], git_state()
+    if history and history[-1]["code_sha256"] == now["code_sha256"]:
+        return history
+    if history:
+        before = f"{history[-1]['commit']} to {now['commit']}"
+        print(f"note: the code has changed since step {state['step']} ({before})", flush=True)
+    return [*history, {**now, "step": state["step"]}]
+
+
+def sha256_of(value) -> str:
+    """Hex sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

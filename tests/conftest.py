@@ -13,3 +13,10 @@ def workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl("corpus.jsonl", sentences(300))
     return tmp_path
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the tables that tests recorded with record_property("table", lines)."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for line in dict(report.user_properties).get("table", []) if report.when == "call" else []:
+            terminalreporter.write_line(line)

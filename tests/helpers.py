@@ -108,10 +108,10 @@ def train(**changes) -> dict:
     return train_stage(MODULES["llm"], **changes)
 
 
-def script(name: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
-    """Run one of the project's scripts, or a module after -m, as a user would."""
-    program = [name] if name == "-m" else [str(ROOT / name)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+def script(name: str, *args: str, env=os.environ, **kwargs) -> subprocess.CompletedProcess:
+    """Run one of the project's scripts, a module after -m or code after -c, as a user would."""
+    program = [name] if name in ("-m", "-c") else [str(ROOT / name)]
+    env = env | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *program, *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, **kwargs)
 

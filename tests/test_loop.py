@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import signal
@@ -18,11 +19,12 @@ from common.loop import (
     finished_summary,
     milestones,
     resolve_steps,
-    restored,
     set_lr,
+    state_norm,
     training_loop,
     trapezoid,
     update,
+    warming_up,
 )
 from common.metrics import Metrics, read_metrics
 from common.run import checkpoints, resume
@@ -117,18 +119,25 @@ def states(model: torch.nn.Module, optimizers: list) -> str:
 
 
 @pytest.mark.parametrize("steps_before", [0, 1])
-def test_restored_undoes_steps_of_model_and_optimizer(steps_before):
+def test_warming_up_undoes_steps_of_model_and_optimizer(steps_before):
     model, optimizers = tiny()
     for _ in range(steps_before):
         backward(model)
         update(optimizers)
     before = states(model, optimizers)
-    with restored(model, *optimizers):
+    with warming_up(model, *optimizers):
         for _ in range(3):
             backward(model)
             update(optimizers)
         assert states(model, optimizers) != before
     assert states(model, optimizers) == before
+
+
+def test_a_compiler_that_fails_is_one_line_that_names_the_flag():
+    model, optimizers = tiny()
+    message = r"^torch.compile failed \(no C\+\+ compiler\); pass --compile false$"
+    with pytest.raises(UserError, match=message), warming_up(model, *optimizers):
+        raise RuntimeError("\nno C++ compiler\nlong trace")
 
 
 def test_an_unfinished_run_has_no_summary(tmp_path):
@@ -139,6 +148,12 @@ def test_a_finished_run_is_announced(tmp_path, capsys):
     (tmp_path / "summary.json").write_text('{"val_loss": 3.5}')
     assert finished_summary(tmp_path) == {"val_loss": 3.5}
     assert "is finished; delete the folder to train it again" in capsys.readouterr().out
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+    (tmp_path / "summary.json").write_text('{"val_lo')
+    with pytest.raises(UserError, match="summary.json is damaged; delete it and resume with"):
+        finished_summary(tmp_path)
 
 
 # ---- in the loop
@@ -159,12 +174,52 @@ def test_update_applies_and_clears_the_gradients():
     assert model.weight.grad is None
 
 
+def checked(*values: float, where: str = "nowhere", number: float = math.nan) -> list[float]:
+    """check_finite of runs/a at step 7, with `number` planted in the weights or the moments."""
+    model, optimizers = tiny()
+    backward(model)
+    update(optimizers)
+    state = optimizers[0].state[model.weight]
+    places = {"weights": model.weight.data, "buffer": torch.ones(3), "moment": state["exp_avg_sq"]}
+    model.register_buffer("buffer", places["buffer"])
+    if where in places:
+        places[where].flatten()[-1] = number
+    cfg = SimpleNamespace(run="a", muon_lr=0.01)
+    return check_finite(cfg, 7, "muon_lr", model, optimizers, *map(torch.tensor, values))
+
+
 @pytest.mark.parametrize("values", [(math.nan, 1.0), (1.0, math.inf), (2.0, math.nan, 1.0)])
-def test_a_value_that_is_not_finite_names_step_and_remedy(tmp_path, values):
-    (tmp_path / "checkpoints/0000003").mkdir(parents=True)
-    message = "at step 7; .*last checkpoint is .*checkpoints/0000003.* lower --muon_lr"
-    with pytest.raises(UserError, match=message):
-        check_finite(tmp_path, 7, "--muon_lr", *map(torch.tensor, values))
+def test_a_value_that_is_not_finite_names_step_and_command(tmp_path, monkeypatch, values):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a/checkpoints/0000003").mkdir(parents=True)
+    command = "--resume runs/a/checkpoints/0000003 --run a-2 --muon_lr 0.005$"
+    with pytest.raises(UserError, match=f"at step 7; stopped before .*{command}"):
+        checked(*values)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["weights", "buffer", "moment"])
+def test_a_number_in_the_model_or_the_optimizer_that_is_not_finite_is_found(where, number):
+    with pytest.raises(UserError, match="norm of weights and optimizer state (nan|inf) at step 7"):
+        checked(1.5, 2.0, where=where, number=number)
+
+
+def test_the_command_names_a_run_that_does_not_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a-2").mkdir(parents=True)
+    with pytest.raises(UserError, match="start again with a lower .*: --run a-3 --muon_lr 0.005$"):
+        checked(math.nan, 1.0)
+
+
+def test_state_norm_is_that_of_weights_and_moments():
+    model, optimizers = tiny()
+    backward(model)
+    update(optimizers)
+    tensors = [*model.parameters()]
+    for state in optimizers[0].state.values():
+        tensors += [state["exp_avg"], state["exp_avg_sq"]]
+    expected = torch.cat([t.detach().flatten() for t in tensors]).norm()
+    torch.testing.assert_close(state_norm(model, optimizers), expected)
 
 
 @pytest.mark.parametrize("stage", MODULES)
@@ -195,11 +250,21 @@ def test_scripts_check_for_finite_values_before_they_update(workdir, monkeypatch
     assert events == [*step, *step, "check"]
 
 
-def test_finite_values_come_back_as_numbers(tmp_path):
-    assert check_finite(tmp_path, 7, "--lr", torch.tensor(1.5), torch.tensor(2.0)) == [1.5, 2.0]
+def test_finite_values_come_back_as_numbers():
+    assert checked(1.5, 2.0) == [1.5, 2.0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_hangup_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupt.code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_sets_the_exit_code_and_the_next_one_acts_at_once(number):
     before = signal.getsignal(number)
     with Interrupt() as interrupt:
@@ -233,21 +298,32 @@ class Recording:
 @pytest.fixture
 def recording(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/a/checkpoints").mkdir(parents=True)
     return Recording(monkeypatch)
 
 
-def run_loop(recording: Recording, stop_at: int | None = None, **changes) -> None:
-    """Train runs/a to step 10, or send a signal at step `stop_at`."""
-    settings = {"run": "a", "log_every": 1, "save_every": 0.5, "eval_every": 0.5}
-    cfg = config(**settings | {"dtype": "float32"} | changes)
+@dataclasses.dataclass
+class LoopConfig(RunConfig):
+    run: str = "a"
+    log_every: int = 1
+    save_every: float = 0.5
+    eval_every: float = 0.5
+    dtype: str = "float32"
+    device: str = "cpu"
+    lr: float = 0.5
+
+
+def run_loop(recording: Recording, stop_at: int | str | None = None, **changes) -> None:
+    """Train runs/a to step 10, or send a signal at step `stop_at` or in "evaluate STEP"."""
     run, (model, optimizers) = Path("runs/a"), tiny()
-    state = resume(run, model, optimizers)
+    cfg = LoopConfig(resume=run.exists(), **changes)
+    state = resume(cfg, run, model, optimizers, {"train": "0"})
     first, clock = state["step"], Clock(torch.device("cpu"), state["train_seconds"])
-    metrics = Metrics(run, cfg, first, 10, clock=clock, unit="tokens", per_step=10, flops=1.0)
+    metrics = Metrics(run, cfg, state, 10, clock=clock, unit="tokens", per_step=10, flops=1.0)
 
     def evaluate(step: int) -> None:
         recording.events.append((f"evaluate {step}", recording.running))
+        if stop_at == f"evaluate {step}":
+            signal.raise_signal(signal.SIGINT)
         metrics.row(step=step, val_loss=1.0)
 
     with training_loop(cfg, metrics, model, optimizers, state, evaluate) as after_step:
@@ -272,6 +348,16 @@ def test_after_a_signal_the_loop_logs_saves_and_stops_before_it_evaluates(record
         run_loop(recording, stop_at, log_every=stop_at)
     names = ["log", "save_checkpoint", "stop"]
     assert recording.events == [(name, False) for name in names]
+
+
+def test_after_a_signal_in_an_evaluation_the_loop_saves_and_stops(recording):
+    with pytest.raises(SystemExit):
+        run_loop(recording, "evaluate 5", log_every=5, save_every=0)
+    names = ["log", "evaluate 5", "save_checkpoint", "stop"]
+    assert recording.events == [(name, False) for name in names]
+    recording.events.clear()
+    run_loop(recording, log_every=5)
+    assert recording.events[0] == ("log", False)  # it was evaluated
 
 
 def test_after_a_signal_the_loop_names_the_command_to_resume(recording, capsys):
@@ -307,7 +393,15 @@ def test_every_step_is_recorded_at_any_interval(recording):
 def test_the_checkpoint_has_step_and_seconds(recording):
     run_loop(recording)
     state = json.loads((checkpoints(Path("runs/a"))[-1] / "state.json").read_text())
-    assert state.keys() == {"step", "train_seconds"}
+    assert state.keys() == {
+        "step",
+        "train_seconds",
+        "inputs",
+        "recipe",
+        "code",
+        "rows",
+        "sha256",
+    }
     assert state["step"] == 10
 
 

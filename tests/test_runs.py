@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import train_llm
 import train_multimodal
 import train_vqvae
 from common.config import UserError, flatten, load_config, saved_config
-from common.run import check_run, find_run
+from common.run import building, check_run, find_run
 
 COMMIT = "b2c9ea088fbf532d035815d6a8d86331bb2d90cc"
 
@@ -162,3 +164,55 @@ def test_a_folder_without_a_checkpoint_is_refused(two_runs):
 def test_without_any_run_the_remedy_is_to_train_one(workdir):
     with pytest.raises(UserError, match="there is no run in runs/ yet; train one first"):
         find_run("")
+
+
+# ---- folders of the cache
+def fill(tmp: Path) -> None:
+    (tmp / "file").write_text("whole")
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_folder_is_built_once(workdir):
+    folder = Path("cache/x/y")
+    with building(folder) as tmp:
+        assert not folder.exists()
+        fill(tmp)
+    with building(folder) as tmp:
+        assert tmp is None
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_a_folder_whose_building_fails_does_not_exist(workdir):
+    with pytest.raises(KeyboardInterrupt), building(Path("cache/x")) as tmp:
+        fill(tmp)
+        raise KeyboardInterrupt
+    assert not [path for path in Path("cache").iterdir() if path.is_dir()]
+
+
+def test_a_folder_is_built_although_another_process_is_suspended_in_building_it(workdir):
+    """Process 1 holds the lock and does not go on before process 2 has ended."""
+    code = (
+        "from pathlib import Path; import common.run as run; run.PATIENCE = 0.1\n"
+        "with run.building(Path('cache/x')) as tmp: (tmp / 'file').write_text('whole')"
+    )
+    with building(Path("cache/x")) as tmp:
+        done = script("-c", code)
+        assert done.returncode == 0, done.stderr
+        assert "waiting for another process that prepares cache/x" in done.stdout
+        fill(tmp)
+    assert Path("cache/x/file").read_text() == "whole"
+    assert not list(Path("cache").glob(".*.tmp"))
+
+
+def test_what_a_dead_process_left_is_removed_and_what_a_live_one_builds_is_not(workdir):
+    dead, live = (Path(f"cache/.x.{pid}.tmp") for pid in (dead_process(), os.getppid()))
+    dead.mkdir(parents=True)
+    live.mkdir()
+    with building(Path("cache/x")) as tmp:
+        fill(tmp)
+    assert (dead.exists(), live.exists()) == (False, True)

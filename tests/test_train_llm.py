@@ -177,7 +177,7 @@ def test_the_summary_names_the_code_that_the_run_began_with(workdir, monkeypatch
         state["commit"] = "second"
         return 1.0
 
-    monkeypatch.setattr("common.metrics.git_state", lambda: dict(state))
+    monkeypatch.setattr("common.run.git_state", lambda: dict(state))
     monkeypatch.setattr(train_llm, "evaluate", commit_meanwhile)
     assert train(run="a", tokens=256)["commit"] == "first"
     assert state["commit"] == "second"
@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(workdir, monk
 
     monkeypatch.setattr(Llama, "forward", poisoned)
     monkeypatch.setattr(train_llm, "update", lambda *args: updates.append(update(*args)))
-    message = "nan.* at step 12; .*last checkpoint is runs/a/checkpoints/0000010"
+    message = "loss nan.* at step 12; .*continue from runs/a/checkpoints/0000010"
     with pytest.raises(UserError, match=message):
         train(run="a", micro_batch=4)
     assert len(updates) == 11
@@ -335,7 +335,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoints_intact(workdir, monkeypatc
     monkeypatch.setattr(torch, "save", lambda *args: 1 / 0)  # fails after the weights are written
     model = Llama(ModelConfig(300, 32, 2, 4, 2, 64, 32))
     with pytest.raises(ZeroDivisionError):
-        save_checkpoint(run, model, [], {"step": 21})
+        save_checkpoint(run, model, [torch.optim.SGD(model.parameters())], {"step": 21})
     assert contents() == before
 
 

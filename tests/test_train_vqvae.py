@@ -88,17 +88,18 @@ def test_run_resumes_bit_for_bit(larger_run, monkeypatch):
     assert resumed["val_psnr"] == summary["val_psnr"]
 
 
-def red_images(n: int) -> None:
-    """Write n images of one color to red/LABEL/*.png."""
+def red_images(folder: str, n: int, blue: int) -> None:
+    """Write n images of one color to FOLDER/LABEL/*.png."""
     for i in range(n):
-        path = Path("red") / "abc"[i % 3] / f"{i}.png"
+        path = Path(folder) / "abc"[i % 3] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (200, 30, 30)).save(path)
+        Image.new("RGB", (32, 32), (200, 30, blue)).save(path)
 
 
 def test_collapsed_codebook_prints_a_warning(workdir, capsys):
-    red_images(40)
-    train(run="red", images=160, data__source="red", data__val_source="red")
+    red_images("red", 40, 30)
+    red_images("red_val", 4, 31)
+    train(run="red", images=160, data__source="red", data__val_source="red_val")
     assert "warning: only 1 of 16 codes are in use" in capsys.readouterr().out
 
 
@@ -116,8 +117,8 @@ def test_healthy_codebook_prints_no_warning(workdir, capsys):
         ("--crop=36", "at most --model.image_size 32"),
         ("--images=3", "--images 3 is less than one step of --batch_images 8"),
         ("--micro_batch=3", "--micro_batch 3 does not divide --batch_images 8"),
-        ("--data.source=./none", "data source ./none is neither a folder nor a .parquet file"),
-        ("--data.source=none.parquet", "data source none.parquet is neither a folder"),
+        ("--data.source=./none", "data source ./none is neither a file or folder"),
+        ("--data.source=none.parquet", "data source none.parquet is neither a file or folder"),
         ("--model.codebook_size=20000", "--model.codebook_size is 20000, but the"),
     ],
 )
