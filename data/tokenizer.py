@@ -1,87 +1,165 @@
 """Tokenizers: from the hub, from a local folder, or a byte-level BPE trained on the data source."""
 
-import os
+import hashlib
+import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import huggingface_hub
 import tokenizers
 import torch
 import transformers
 
 from common.config import UserError
-from data.source import digest, documents, first_line, hub_revisions, in_validation
-from data.text import DataConfig, end_of_text, holdout_fraction, token_request
+from common.run import building, write_text
+from data.files import first_line
+from data.hub import hub_tokenizer
+from data.source import digest
+from data.text import DataConfig, end_of_text, token_request, training_records
 
 BPE_CHARACTERS = 50_000_000  # text to train a BPE on; more changes little and takes minutes
+MAX_ENTRIES = 65_536  # token shards are uint16
+SHA256 = "sha256"  # file with the hash of a cached tokenizer
 
 
 def load_tokenizer(
-    cfg, corpus: str | None = None, texts: Callable[[], Iterator[str]] | None = None
+    cfg,
+    corpus: str | None = None,
+    texts: Callable[[], Iterator[str]] | None = None,
+    saved: Path | None = None,
 ):
-    """The tokenizer cfg.tokenizer, cached so that downloading or training happens once.
+    """The tokenizer of a run if the folder `saved` exists, otherwise cfg.tokenizer.
 
-    A BPE is trained on texts(), identified by `corpus`; if both are None, on the training documents
-    of the DataConfig `cfg`. Raises UserError.
+    What is downloaded or trained is cached. A BPE is trained on texts(), identified by `corpus`; if
+    both are None, on the training documents of the DataConfig `cfg`. Raises UserError.
     """
-    name, cache = cfg.tokenizer, Path(cfg.cache) / "tokenizers"
-    if name.startswith("bpe-"):
-        folder = cache / f"{name}-{digest(corpus or token_request(cfg, 'train', name))}"
-        if not folder.is_dir():
-            save(train_bpe(name, texts() if texts else training_texts(cfg)), folder)
-    else:
-        folder = Path(name) if Path(name).is_dir() else cache / name.replace("/", "--")
-    try:
-        if not folder.is_dir():
-            # fails at once where from_pretrained would retry for minutes
-            huggingface_hub.HfApi().model_info(name)
-        location = str(folder) if folder.is_dir() else name
-        tokenizer = transformers.AutoTokenizer.from_pretrained(location)
-    except Exception as error:  # the hub client and the parsers raise many exception types
-        raise UserError(
-            f"cannot load tokenizer {name}: {first_line(error)}; set --data.tokenizer to a local "
-            "folder with tokenizer.json, or to bpe-8192 to train one"
-        ) from error
-    if not tokenizer.is_fast or end_of_text(tokenizer) is None:
-        raise UserError(
-            f"tokenizer {name} needs a tokenizer.json and an eos or bos token; pass another one, "
-            "or bpe-8192 to train one"
+    if saved is not None and saved.is_dir():
+        return read_tokenizer(
+            cfg.tokenizer, saved, "restore it as it was saved, or train again from the start"
         )
-    if not folder.is_dir():
-        save(tokenizer, folder)
-    return tokenizer
+    name, local = cfg.tokenizer, Path(cfg.tokenizer).expanduser()
+    if name.startswith("bpe-"):
+        request = corpus or token_request(cfg, "train", name)
+        return cached(
+            name,
+            Path(cfg.cache) / "tokenizers" / f"{name}-{digest(request)}",
+            lambda: train_bpe(name, texts() if texts else training_texts(cfg)),
+        )
+    if local.is_dir():
+        remedy = "correct --data.tokenizer, or set it to bpe-8192 to train one"
+        return read_tokenizer(name, local, remedy)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise UserError(
+            f"--data.tokenizer {name} is neither a folder nor a hub name OWNER/NAME; set it to a "
+            "folder with tokenizer.json, or to bpe-8192 to train one"
+        )
+    return cached(
+        name,
+        Path(cfg.cache) / "tokenizers" / name.replace("/", "--"),
+        lambda: download(name, cfg.retry_seconds),
+    )
+
+
+def cached(name: str, folder: Path, make: Callable):
+    """The tokenizer in a folder of the cache, made by make() if it is new. Raises UserError."""
+    with building(folder) as tmp:
+        if tmp is not None:
+            save(make(), tmp)
+    remedy, sha256 = f"delete {folder} to make it again", folder / SHA256
+    if sha256.exists() and sha256.read_bytes().decode("latin-1") != files_sha256(folder):
+        raise UserError(f"tokenizer {name} in {folder} is damaged; {remedy}")
+    return read_tokenizer(name, folder, remedy)
 
 
 def save(tokenizer, folder: Path) -> None:
-    """Write a tokenizer under a temporary name and rename it, so it is complete or absent."""
-    tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    tokenizer.save_pretrained(tmp)
-    tmp.rename(folder)
+    """Write a tokenizer with a hash of its files. Raises UserError."""
+    try:
+        tokenizer.save_pretrained(folder)
+        write_text(folder / SHA256, files_sha256(folder))
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        raise UserError(
+            f"cannot write {folder}: {first_line(error)}; free disk space or fix the permissions"
+        ) from error
+
+
+def files_sha256(folder: Path) -> str:
+    """Hex sha256 of the files of a tokenizer."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != SHA256)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def read_tokenizer(name: str, folder: Path, remedy: str):
+    """The tokenizer in a folder, which never runs code. Raises UserError."""
+    try:
+        path = folder / "tokenizer_config.json"
+        has_code = path.exists() and "auto_map" in json.loads(path.read_text(encoding="utf-8"))
+        if not has_code:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # the parsers raise many exception types
+        is_there = (folder / "tokenizer.json").exists()
+        reason = first_line(error) if is_there else "it has no tokenizer.json"
+        raise UserError(
+            f"cannot load tokenizer {name} from {folder}: {reason}; {remedy}"
+        ) from error
+    if has_code:
+        raise UserError(
+            f"tokenizer {name} comes with code (auto_map), which is never run; choose another one, "
+            "or bpe-8192 to train one"
+        )
+    check_tokenizer(name, tokenizer)
+    return tokenizer
+
+
+def check_tokenizer(name: str, tokenizer) -> None:
+    """Raises UserError for a tokenizer that training cannot use."""
+    if not tokenizer.is_fast or end_of_text(tokenizer) is None:
+        raise UserError(
+            f"tokenizer {name} needs a tokenizer.json and an eos or bos token; choose another one, "
+            "or bpe-8192 to train one"
+        )
+    n_ids = max(tokenizer.get_vocab().values()) + 1
+    if n_ids > MAX_ENTRIES:
+        raise UserError(
+            f"tokenizer {name} has {n_ids} entries, but token shards (uint16) hold at most "
+            f"{MAX_ENTRIES}; choose a smaller one, or bpe-32768 to train one"
+        )
+    if n_ids > len(tokenizer):
+        raise UserError(
+            f"tokenizer {name} has {len(tokenizer)} entries with ids up to {n_ids - 1}, so some "
+            "ids mean nothing; choose another one, or bpe-32768 to train one"
+        )
+
+
+def download(name: str, seconds: float):
+    """The tokenizer of a hub repository. Raises UserError."""
+    folder = hub_tokenizer(name, seconds)
+    repository = folder.parent.parent  # in the hub client's cache, with the files of all snapshots
+    return read_tokenizer(name, folder, f"delete {repository} to download it again")
 
 
 def training_texts(cfg: DataConfig) -> Iterator[str]:
     """Training documents until they hold BPE_CHARACTERS characters. Raises UserError."""
     n_left = BPE_CHARACTERS
-    revisions = hub_revisions(token_request(cfg, "train", cfg.tokenizer)["hub_datasets"])
-    for record in documents(cfg.source, cfg.text_column, revisions):
+    for record in training_records(cfg):
         if "input_ids" in record:
             raise UserError(
                 f"--data.tokenizer {cfg.tokenizer} cannot be trained: data source {cfg.source} "
                 "holds token ids, not text; pass the tokenizer that made them"
             )
-        if not in_validation(record, holdout_fraction(cfg)):
-            yield record[cfg.text_column]
-            n_left -= len(record[cfg.text_column])
+        yield record[cfg.text_column]
+        n_left -= len(record[cfg.text_column])
         if n_left <= 0:
             return
 
 
-def train_bpe(name: str, texts: Iterator[str]):
+def train_bpe(name: str, texts: Iterable[str]):
     """A byte-level BPE (arXiv 1508.07909) with N entries, for the name bpe-N. Raises UserError."""
     size = name.removeprefix("bpe-")
-    if not size.isdigit() or not 257 <= int(size) <= 65_536:
-        raise UserError(f"--data.tokenizer is {name}; N in bpe-N must be from 257 to 65536")
+    if not size.isdecimal() or not 257 <= int(size) <= MAX_ENTRIES:
+        raise UserError(f"--data.tokenizer is {name}; N in bpe-N must be from 257 to {MAX_ENTRIES}")
     print(f"training a tokenizer with {size} entries", flush=True)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -92,6 +170,8 @@ def train_bpe(name: str, texts: Iterator[str]):
         show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
+    # captions may hold unpaired surrogates, which are no Unicode text
+    texts = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts)
     bpe.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
 

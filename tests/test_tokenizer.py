@@ -1,6 +1,9 @@
+import json
+import shutil
+import threading
+import time
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -74,27 +77,109 @@ def test_bpe_sizes_out_of_range_are_refused(cfg, name):
         load_tokenizer(cfg)
 
 
-def test_a_hub_tokenizer_is_downloaded_once(cfg, monkeypatch):
-    local, load = load_tokenizer(cfg), transformers.AutoTokenizer.from_pretrained
-    cfg.tokenizer = "somebody/some-tokenizer"
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name: name)
-    with monkeypatch.context() as patch:
-        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: local)
+def test_unpaired_surrogates_in_texts_become_replacement_characters(cfg):
+    tokenizer = load_tokenizer(cfg, "captions", lambda: iter(["a \ud800 fox"] * 9))
+    assert "\ufffd" in tokenizer.decode(range(len(tokenizer)))
+
+
+def test_two_processes_train_a_bpe_once(cfg, monkeypatch):
+    train_bpe, trained, found = tokenizer_module.train_bpe, [], []
+
+    def train_slowly(*args):
+        trained.append(args)
+        time.sleep(0.2)
+        return train_bpe(*args)
+
+    monkeypatch.setattr(tokenizer_module, "train_bpe", train_slowly)
+    threads = [threading.Thread(target=lambda: found.append(load_tokenizer(cfg))) for _ in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(trained) == 1 and found[0].get_vocab() == found[1].get_vocab()
+
+
+def test_what_a_killed_process_left_is_not_taken_for_a_tokenizer(cfg, monkeypatch):
+    def stop(tokenizer, folder):
+        (folder / "tokenizer.json").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenizer_module, "save", stop)
         load_tokenizer(cfg)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", None)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
-    assert load_tokenizer(cfg).get_vocab() == local.get_vocab()
+    assert len(load_tokenizer(cfg)) == 300
+    assert not list(Path("cache/tokenizers").glob(".*.tmp"))
 
 
-def test_without_the_hub_the_error_names_the_alternatives(cfg, monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("no route to host\nmore")
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b.replace(b"fox", b"fax", 1)])
+def test_a_damaged_cached_tokenizer_names_the_folder_to_delete(cfg, damage):
+    expected = load_tokenizer(cfg, "c", lambda: iter(["a fox"] * 9)).get_vocab()
+    (file,) = Path("cache/tokenizers").glob("*/tokenizer.json")
+    file.write_bytes(damage(file.read_bytes()))
+    message = f"tokenizer bpe-300 in {file.parent} is damaged; delete {file.parent} to make it"
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(cfg, "c", lambda: iter(["a fox"] * 9))
+    shutil.rmtree(file.parent)
+    assert load_tokenizer(cfg, "c", lambda: iter(["a fox"] * 9)).get_vocab() == expected
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
-    cfg.tokenizer = "some/tokenizer"
-    message = "some/tokenizer: no route to host; .*tokenizer.json.*bpe-8192"
+
+def test_the_tokenizer_of_a_run_comes_from_the_run(cfg):
+    load_tokenizer(cfg, "one", lambda: iter(["a fox"] * 9)).save_pretrained("saved")
+    expected = transformers.AutoTokenizer.from_pretrained("saved").get_vocab()
+    cfg.tokenizer = "somebody/other"
+    assert load_tokenizer(cfg, saved=Path("saved")).get_vocab() == expected
+
+
+def test_a_damaged_tokenizer_of_a_run_is_not_replaced(cfg):
+    load_tokenizer(cfg).save_pretrained("saved")
+    Path("saved/tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="bpe-300 from saved: .*; restore it as it was saved"):
+        load_tokenizer(cfg, saved=Path("saved"))
+
+
+@pytest.mark.parametrize("name", ["folder", "./folder", "/a/folder", "~/folder", "my/own/folder"])
+def test_a_name_that_is_neither_a_folder_nor_a_hub_name_is_refused(cfg, name):
+    cfg.tokenizer = name
+    with pytest.raises(UserError, match=f"{name} is neither a folder nor a hub name OWNER/NAME"):
+        load_tokenizer(cfg)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(cfg):
+    Path("empty").mkdir()
+    cfg.tokenizer = "empty"
+    with pytest.raises(UserError, match="empty: it has no tokenizer.json; correct --data.tokeniz"):
+        load_tokenizer(cfg)
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        (range(300, 65_537), "large has 65537 entries, .* hold at most 65536; choose a smaller"),
+        ([400], "large has 301 entries with ids up to 400, so some ids mean nothing; choose"),
+    ],
+    ids=["many", "gaps"],
+)
+def test_ids_that_do_not_fit_token_shards_are_refused(cfg, ids, message):
+    load_tokenizer(cfg).save_pretrained("large")
+    file = Path("large/tokenizer.json")
+    config = json.loads(file.read_text())
+    config["model"]["vocab"] |= {f"word {i}": i for i in ids}
+    file.write_text(json.dumps(config))
+    cfg.tokenizer = "large"
     with pytest.raises(UserError, match=message):
         load_tokenizer(cfg)
+
+
+def test_a_tokenizer_with_code_is_refused(cfg):
+    load_tokenizer(cfg).save_pretrained("coded")
+    file = Path("coded/tokenizer_config.json")
+    config = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": [None, "code.Tokens"]}}
+    file.write_text(json.dumps(config))
+    Path("coded/code.py").write_text("open('ran', 'w')")
+    cfg.tokenizer = "coded"
+    with pytest.raises(UserError, match="coded comes with code .*, which is never run"):
+        load_tokenizer(cfg)
+    assert not Path("ran").exists()
 
 
 def test_a_tokenizer_without_an_end_of_text_token_is_refused(cfg):
