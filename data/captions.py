@@ -4,16 +4,18 @@ The caption of an image in an epoch is a pure function of (index, epoch), like i
 resuming is exact and image tokens can be cached.
 """
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data import shapes
-from data.images import ImageDataset, ShapesDataset, load_pixels
+from data.images import ImageDataset, ShapesDataset, load_pixels, writing
 from data.order import evenly_spaced
 from data.source import digest
 from data.tokenizer import load_tokenizer
@@ -73,45 +75,67 @@ def label_caption(name: str, rng: np.random.Generator) -> str:
 
 
 def caption(data: ImageDataset | ShapesDataset, index: int, epoch: int) -> str:
-    """Caption of an image: from its class label, different in each epoch, or else its own."""
+    """Caption of an image: from its class label, different in each epoch, or else its own, one of
+    several in each epoch.
+    """
     if isinstance(data, ShapesDataset):
         return shapes.scene(data.seed, index).caption
+    rng = np.random.default_rng((index, epoch, 1))
     if data.classes:
-        rng = np.random.default_rng((index, epoch, 1))
         return label_caption(data.classes[data.labels[index]], rng)
-    return data.captions[index]
+    own = data.captions[index]
+    return own if isinstance(own, str) else own[rng.integers(len(own))]
 
 
-def caption_tokenizer(cfg, data: ImageDataset | ShapesDataset):
-    """The tokenizer cfg.tokenizer; a bpe-N is trained on captions of the data. Raises UserError."""
+def caption_tokenizer(cfg, data: ImageDataset | ShapesDataset, saved: Path | None = None):
+    """The tokenizer in the folder `saved` or else cfg.tokenizer; a bpe-N is trained on captions of
+    the data. Raises UserError.
+    """
 
     def texts() -> Iterator[str]:
         return (caption(data, i, 0) for i in evenly_spaced(len(data), TOKENIZER_CAPTIONS))
 
-    return load_tokenizer(cfg, f"captions of {data.id}", texts)
+    return load_tokenizer(cfg, f"captions of {data.id}", texts, saved=saved)
 
 
 # ---- image tokens
 class ImageTokenCache:
-    """Image tokens by row in a sparse uint16 file, encoded when first requested.
+    """Image tokens by row in a sparse file, encoded when first requested.
 
-    Stores token + 1, so that 0 marks a row that has not been encoded.
+    A row is its tokens as uint16 and their crc32. A row without a valid crc32 was never written,
+    was cut off by a kill or is damaged, and is encoded again; a hole of zeros has none. Processes
+    may share the file. Raises UserError if it cannot be read or written.
     """
 
-    def __init__(self, cache_dir: str, key: dict, n_rows: int, n_image_tokens: int):
-        self.path = Path(cache_dir) / "image_tokens" / f"{digest(key)}.u16"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:  # new rows are holes in the file until written
-            file.truncate(max(file.tell(), n_rows * n_image_tokens * 2))
-        # (rows, n_image_tokens)
-        self.stored = np.memmap(self.path, np.uint16, mode="r+").reshape(-1, n_image_tokens)
+    def __init__(self, cache_dir: str, key: dict, n_image_tokens: int):
+        self.row_bytes = 2 * n_image_tokens + 4
+        self.path = Path(cache_dir) / "image_tokens" / f"{digest(key)}.rows"
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
 
     def get(self, rows: Sequence[int], encode: Callable[[list[int]], Tensor]) -> Tensor:
         """Image tokens int64 (N, n_image_tokens) of rows; encode(rows) makes those not stored."""
-        missing = [row for row in dict.fromkeys(rows) if not self.stored[row].all()]
+        with writing(self.path), self.path.open("rb") as file:
+            found = {row: self.load(file, row) for row in rows}
+        missing = [row for row, tokens in found.items() if tokens is None]
         if missing:
-            self.stored[missing] = encode(missing).cpu().numpy() + 1
-        return torch.from_numpy(self.stored[list(rows)].astype(np.int64)) - 1  # (N, n_image_tokens)
+            encoded = encode(missing).cpu().numpy().astype("<u2")  # (missing, n_image_tokens)
+            found |= zip(missing, encoded, strict=True)
+            with writing(self.path), self.path.open("r+b") as file:
+                for row in missing:
+                    data = found[row].tobytes()
+                    file.seek(row * self.row_bytes)
+                    file.write(data + zlib.crc32(data).to_bytes(4, "little"))
+        return torch.from_numpy(np.stack([found[row] for row in rows]).astype(np.int64))
+
+    def load(self, file: BinaryIO, row: int) -> np.ndarray | None:
+        """Stored tokens uint16 (n_image_tokens,) of a row, None if there are none."""
+        file.seek(row * self.row_bytes)
+        data = file.read(self.row_bytes)
+        if zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
+            return None
+        return np.frombuffer(data[:-4], "<u2")
 
 
 @dataclass
@@ -155,18 +179,18 @@ def tokenized(
     encode: Callable[[Tensor], Tensor],
     *,
     cache_dir: str,
-    weights_sha256: str,
-    n_epochs: int,
+    encoder: dict,
     augment: bool,
     n_image_tokens: int,
     cached: bool,
 ) -> TokenizedImages:
-    """TokenizedImages of n_epochs epochs, with a cache if `cached`.
+    """TokenizedImages, with a cache if `cached`.
 
-    `encode` must be determined by weights_sha256, the hash of the VQ-VAE's weights.
+    `encoder` must state everything that determines `encode`: the VQ-VAE's weights and config, and
+    what it computes in.
     """
-    key = {"weights": weights_sha256, "images": data.id, "augment": augment}
     cache = None
     if cached:
-        cache = ImageTokenCache(cache_dir, key, len(data) * n_epochs, n_image_tokens)
+        key = {"encoder": encoder, "images": data.id, "augment": augment, "tokens": n_image_tokens}
+        cache = ImageTokenCache(cache_dir, key, n_image_tokens)
     return TokenizedImages(data, encode, augment=augment, cache=cache)

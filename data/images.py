@@ -1,19 +1,22 @@
 """Image data: source -> small square images on disk -> batches in [-1, 1].
 
-Images are decoded and cropped square once, and stored as raw uint8. The augmentation of an image in
-an epoch is a pure function of (index, epoch), so resuming is exact and image tokens can be cached.
+Images are decoded and cropped square once, and stored as raw uint8. Validation images are prepared
+first, and training leaves out every image that is one of them, whatever its file or source. The
+augmentation of an image in an epoch is a pure function of (index, epoch), so resuming is exact and
+image tokens can be cached.
 """
 
+import hashlib
 import json
-import shutil
+import math
+import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,17 +25,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import UserError
-from common.run import write_text
+from common.run import building, file_sha256, write_text
 from data import shapes
-from data.source import (
-    OFFLINE_REMEDY,
-    digest,
-    file_sha256,
-    file_stats,
-    first_line,
-    hub_revisions,
-    in_validation,
+from data.image_source import (
+    Records,
+    content_key,
+    count,
+    decode_image,
+    open_image,
+    open_source,
+    read_caption,
+    readable,
+    source_files,
 )
+from data.source import digest, file_stats
 
 N_SHAPES = {"train": 1_000_000, "val": 10_000}  # rendered scenes that count as one epoch
 
@@ -42,116 +48,81 @@ class ImageConfig:
     """Images and captions."""
 
     source: str = "uoft-cs/cifar10"
-    """Training images: a hub dataset NAME or NAME:CONFIG; a folder of .parquet files or in the
-    imagefolder layout of `datasets`; a path or glob of .parquet files; or `shapes` (scenes of
-    colored shapes with captions, rendered as needed)."""
+    """Training images: a hub dataset NAME or NAME:CONFIG; a folder of .parquet files or of images
+    (in class folders, or with captions in metadata.csv, .jsonl or .parquet); a path or glob of
+    .parquet files; or `shapes` (scenes of colored shapes with captions, rendered as needed).
+    Parquet files need a column of images; captions are in a column text, caption or captions (one
+    string, or several of which each epoch takes one) or, without it, made from class labels."""
     val_source: str | None = None
-    """Validation images, in the same formats as data.source. null: use the test or validation split
-    of data.source or, if it has none, hold out a fraction of its images (data.val_fraction)."""
+    """Validation images, in the same formats as data.source. null, or the same as data.source: use
+    its test or validation split (folders or parquet files named train and test) or, if it has none,
+    hold out a fraction of its images (data.val_fraction). Training images that are also validation
+    images are not trained on."""
     val_fraction: float = 0.05
-    """Fraction of images held out for validation, between 0 and 1 (exclusive), chosen by a hash of
-    their pixels. Used only if there is neither data.val_source nor a test or validation split."""
+    """Fraction of images held out for validation, between 0 and 1 (exclusive) and at least one
+    image, chosen by a hash of their pixels. Used only if there is neither data.val_source nor a
+    test or validation split."""
     augment: bool = True
     """Augment training images: shift by up to 1/8 of the side, vary brightness and contrast, and
     flip horizontally if captions are made from class labels. Has no effect on `shapes`."""
     cache: str = "cache"
     """Folder for decoded images, image tokens and tokenizers."""
+    retry_seconds: float = 60.0
+    """Seconds to keep retrying a hub request that fails for a reason that may pass."""
 
     def __post_init__(self):
         if not 0 < self.val_fraction < 1:
             raise ValueError(
                 f"--data.val_fraction is {self.val_fraction}; it must be between 0 and 1, exclusive"
             )
+        if self.val_source == self.source != "shapes":  # validation must not be trained on
+            self.val_source = None
 
     def source_of(self, split: str) -> str:
         """Source of "train" or "val"."""
         return self.val_source if split == "val" and self.val_source else self.source
 
 
-# ---- sources
-def open_source(source: str) -> datasets.DatasetDict:
-    """The splits of a source. Raises UserError."""
-    path = Path(source).expanduser()
-    files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else sorted(glob(str(path)))
-    is_path = path.suffix or path.is_absolute() or source[:1] in ("", ".", "~")
-    if is_path and not path.is_dir() and not files:
-        raise UserError(
-            f"data source {source} is neither a folder nor a .parquet file; check the path"
-        )
-    if any(Path(file).suffix != ".parquet" for file in files):
-        raise UserError(
-            f"data source {source} has files that are not .parquet; pass .parquet files or a "
-            "folder of images"
-        )
-    datasets.disable_progress_bars()
+# ---- preparation
+def choose_split(cfg: ImageConfig, split: str) -> tuple[Records, float, list[str]]:
+    """Records that contain "train" or "val", the fraction of them held out for validation (0 if
+    validation has its own records), and lines about what is not used. Raises UserError.
+    """
+    source = cfg.source_of(split)
+    splits, notes = open_source(source, cfg.retry_seconds)
+    val_name = next((name for name in ("test", "validation", "val") if name in splits), None)
+    train_name = "train" if "train" in splits else next(iter(splits))
+    chosen = val_name if split == "val" and val_name else train_name
+    used = {chosen} if cfg.val_source else {train_name, val_name}
+    unused = [name for name in splits if name not in used]
+    if unused:
+        notes.append(f"{source}: not used: {' and '.join(unused)} (of {', '.join(splits)})")
+    if split == "val" and not cfg.val_source:
+        notes = []  # the lines of the training split say the same
+    return splits[chosen], 0.0 if cfg.val_source or val_name else cfg.val_fraction, notes
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk, or a cache that cannot be written, into a UserError."""
     try:
-        if files:
-            return datasets.load_dataset("parquet", data_files=files)
-        if path.is_dir():
-            return datasets.load_dataset("imagefolder", data_dir=str(path))
-        name, _, config = source.partition(":")
-        # hub_revisions fails at once where load_dataset would retry for minutes
-        return datasets.load_dataset(name, config or None, revision=hub_revisions([name])[name])
-    except UserError:
-        raise
-    except Exception as error:  # datasets, pyarrow and the hub client raise many exception types
-        remedy = OFFLINE_REMEDY
-        if files or path.is_dir():
-            remedy = "check that the files are intact and hold images"
+        yield
+    except OSError as error:
         raise UserError(
-            f"cannot read data source {source}: {first_line(error)}; {remedy}"
+            f"cannot write {path}: {error.strerror or error}; free disk space or set another "
+            "--data.cache"
         ) from error
 
 
-def choose_split(cfg: ImageConfig, split: str) -> tuple[datasets.Dataset, float]:
-    """Records that contain "train" or "val", and the fraction of them held out for validation; 0 if
-    all of them belong to the split. Raises UserError.
-    """
-    splits = open_source(cfg.source_of(split))
-    val_name = next((name for name in ("test", "validation", "val") if name in splits), None)
-    if split == "val" and val_name:
-        return splits[val_name], 0.0
-    train_name = "train" if "train" in splits else next(iter(splits))
-    return splits[train_name], 0.0 if cfg.val_source or val_name else cfg.val_fraction
-
-
-def is_image(feature) -> bool:
-    """Whether a column holds images; some libraries write them as structs of bytes and path."""
-    is_struct = isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
-    return is_struct or isinstance(feature, datasets.Image)
-
-
-def find_columns(
-    source: str, records: datasets.Dataset
-) -> tuple[str, str | None, list[str] | None]:
-    """Names of the image column and of the caption column, and class names if captions are labels.
-
-    Raises UserError.
-    """
-    types = records.features
-    image = next((name for name in types if is_image(types[name])), None)
-    if image is None:
-        raise UserError(
-            f"data source {source} has no column of images, only {', '.join(types)}; pass a source "
-            "that holds images"
-        )
-    text = next((name for name in ("text", "caption") if name in types), None)
-    labels = (name for name in types if isinstance(types[name], datasets.ClassLabel))
-    caption = text or next(labels, None)
-    return image, caption, None if text or caption is None else types[caption].names
-
-
-# ---- preparation
 def image_request(cfg: ImageConfig, split: str, size: int) -> dict:
-    """Everything that determines the prepared images."""
-    files = []
-    for source in filter(None, (cfg.source, cfg.val_source)):
-        for path in (Path(source).expanduser(), *map(Path, glob(source))):
-            files += [path] if path.is_file() else sorted(path.rglob("*.*"))
+    """Everything that determines the prepared images of a split, except which images are left out
+    of training. Raises UserError.
+    """
+    sources = [source for source in (cfg.source, cfg.val_source) if source not in (None, "shapes")]
     return {
         "source": cfg.source,
         "val_source": cfg.val_source,
-        "files": file_stats(files),
+        "files": [file_stats(source_files(source)) for source in sources],
         "split": split,
         "val_fraction": cfg.val_fraction,
         "size": size,
@@ -161,69 +132,93 @@ def image_request(cfg: ImageConfig, split: str, size: int) -> dict:
 def prepare_images(cfg: ImageConfig, split: str, size: int) -> Path:
     """Folder with the images of a split ("train" or "val"), cropped square to one side <= size.
 
-    Written under a temporary name and renamed, so the folder is complete or absent. Raises
-    UserError.
+    Training needs the validation images, which are prepared first. Raises UserError.
     """
-    request = image_request(cfg, split, size)
+    request, val = image_request(cfg, split, size), None
+    if split == "train" and cfg.source_of("val") != "shapes":
+        val = read_manifest(prepare_images(cfg, "val", size))
+        request["val_images"] = digest(val["keys"])
     folder = Path(cfg.cache) / "images" / f"{split}-{digest(request)}"
-    if folder.is_dir():
-        return folder
-    source = cfg.source_of(split)
-    records, fraction = choose_split(cfg, split)
-    image_column, caption_column, classes = find_columns(source, records)
-    records = records.cast_column(image_column, datasets.Image(decode=False))
-    tmp = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    side, captions = None, []
-    with (tmp / "images.bin").open("wb") as file:
-        progress = tqdm(records, desc=f"decoding {split}", disable=not sys.stderr.isatty())
-        for i, record in enumerate(progress):
-            image = decode_image(record[image_column], i, source)
-            side = side or min(*image.size, size)
-            pixels = np.asarray(square(image, side))  # (side, side, 3)
-            if fraction and in_validation({"": pixels.ravel()}, fraction) != (split == "val"):
-                continue
-            captions.append(read_caption(record, caption_column, i, source))
-            file.write(pixels.tobytes())
-    if not captions:
-        raise UserError(
-            f"data source {source} has no images for the {split} split; provide more images or set "
-            "another --data.val_fraction"
-        )
-    manifest = {
-        "request": request,
-        "count": len(captions),
-        "side": side,
-        "classes": classes,
-        "sha256": file_sha256(tmp / "images.bin"),
-        "captions": captions if caption_column else None,
-    }
-    write_text(tmp / "manifest.json", json.dumps(manifest))
-    tmp.rename(folder)
+    with writing(folder), building(folder) as tmp:
+        if tmp is not None:
+            manifest = write_images(tmp / "images.bin", cfg, split, size, val)
+            manifest["request"] = request
+            manifest["digest"] = digest(manifest)
+            write_text(tmp / "manifest.json", json.dumps(manifest))
     return folder
 
 
-def decode_image(encoded: dict | None, index: int, source: str) -> Image.Image:
-    """RGB image from {"bytes", "path"}. Raises UserError."""
-    try:
-        return datasets.Image().decode_example(encoded).convert("RGB")
-    except Exception as error:  # PIL raises many exception types
-        name = (encoded or {}).get("path") or f"number {index}"
-        raise UserError(
-            f"image {name} of {source} cannot be read: {first_line(error)}; fix or remove it"
-        ) from error
+def write_images(
+    path: Path, cfg: ImageConfig, split: str, size: int, val: dict | None, below: float = 0.0
+) -> dict:
+    """Write the pixels of a split, without the images of the validation manifest `val`; returns its
+    own manifest. If images are held out, those at a position < `below` are too. Raises UserError.
+    """
+    records, fraction, notes = choose_split(cfg, split)
+    fraction = max(fraction, below)
+    side, source = stored_side(records, size), cfg.source_of(split)
+    excluded, keys = set(val["keys"] if val else ()), set()
+    captions, sha256, lowest = [], hashlib.sha256(), []
+    n_seen, n_enlarged, n_replaced = 0, 0, 0
+    progress = tqdm(records.read(), f"decoding {split}", records.n, disable=not sys.stderr.isatty())
+    with path.open("wb") as file:
+        for name, encoded, value in progress:
+            n_seen += 1
+            image = decode_image(encoded, name)
+            key = content_key(image).hex()
+            lowest = sorted({*lowest, position(key)})[:2]
+            if key in excluded or (split == "val" and fraction and position(key) >= fraction):
+                continue
+            if split == "val":
+                keys.add(key)
+            captions.append(read_caption(value, records, name))
+            pixels = square(image, side).tobytes()  # (side, side, 3)
+            sha256.update(pixels)
+            file.write(pixels)
+            n_enlarged += min(image.size) < side
+            n_replaced += "\ufffd" in str(captions[-1])
+        file.flush()
+        os.fsync(file.fileno())
+    if not captions and split == "val" and fraction and len(lowest) == 2:
+        return write_images(path, cfg, split, size, val, below=lowest[1])  # hold out one image
+    if not captions:
+        around = sorted(map(position, excluded))[-2:]
+        raise UserError(no_images(cfg, split, fraction, n_seen, around))
+    n_excluded = 0 if fraction else n_seen - len(captions)
+    lines = [
+        (1, f"{split} images stored at {side} x {side} pixels"),
+        (n_enlarged, f"{count(n_enlarged, 'smaller image')} enlarged"),
+        (below, "held out one image, because data.val_fraction is too small for more"),
+        (
+            n_excluded,
+            f"{n_excluded} of {count(n_seen, 'image')} left out, because they are in validation",
+        ),
+        (n_replaced, f"{count(n_replaced, 'caption')} with invalid characters, read as U+FFFD"),
+    ]
+    notes += [f"{source}: " + "; ".join(line for number, line in lines if number)]
+    return {
+        "count": len(captions),
+        "side": side,
+        "classes": records.classes,
+        "sha256": sha256.hexdigest(),
+        "captions": captions if records.column else None,
+        "keys": sorted(keys),
+        "notes": notes,
+    }
 
 
-def read_caption(record: dict, column: str | None, index: int, source: str) -> str | int | None:
-    """Caption or label of a record, None if column is None. Raises UserError if it is empty."""
-    caption = record[column] if column else None
-    if column and (caption is None or caption == -1 or not str(caption).strip()):
-        raise UserError(
-            f"image number {index} of {source} has nothing in column {column!r}; add a caption or "
-            "remove the image"
-        )
-    return caption
+def stored_side(records: Records, size: int) -> int:
+    """min(size, the largest short edge of all images), from the headers of the image files.
+
+    A single small image decides nothing. Raises UserError.
+    """
+    side = 0
+    for name, encoded, _ in records.read():
+        with readable(name), open_image(encoded) as image:
+            side = max(side, min(image.size))
+        if side >= size:
+            return size
+    return side
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
@@ -236,24 +231,75 @@ def square(image: Image.Image, side: int) -> Image.Image:
     return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
 
 
+def position(key: str) -> float:
+    """Where an image lies in [0, 1); those below the held-out fraction are validation images."""
+    return int(key[:16], 16) / 2**64
+
+
+def no_images(
+    cfg: ImageConfig, split: str, fraction: float, n_seen: int, around: Sequence[float]
+) -> str:
+    """Error message for a split without images, with advice that works.
+
+    A held-out fraction between the two positions `around` leaves an image to train on.
+    """
+    source = cfg.source_of(split)
+    if not n_seen:
+        return f"data source {source} has no images in its {split} split; add images"
+    if not fraction:
+        return (
+            f"all {count(n_seen, 'training image')} of data source {source} are also validation "
+            "images; pass another --data.val_source"
+        )
+    advice = "pass more different images or a --data.val_source"
+    if len(around) == 2:
+        low, high = around
+        floors = (math.floor(high * 10**n) / 10**n for n in range(1, 20))
+        advice = f"set --data.val_fraction to {next(x for x in floors if low < x <= high)}"
+    return (
+        f"--data.val_fraction {fraction} leaves no {split} images of the {n_seen} in data source "
+        f"{source}; {advice}"
+    )
+
+
+def read_manifest(folder: Path) -> dict:
+    """Manifest of a prepared folder. Raises UserError if it is damaged."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest.pop("digest") != digest(manifest):
+            raise ValueError("the digest differs")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / 'manifest.json'} is damaged; delete {folder} to prepare it again"
+        ) from error
+    return manifest
+
+
 # ---- datasets
 class ImageDataset:
     """A prepared split.
 
-    `side` is the side in pixels, `id` the sha256 of all pixels. `classes` and `labels` (N,) are the
-    class names and class numbers if captions are made from labels, else None. `captions` is the
-    list of captions or class numbers, None if the source has neither.
+    `side` is the side in pixels, `id` the sha256 of all pixels, captions and class names. `classes`
+    and `labels` (N,) are the class names and class numbers if captions are made from labels, else
+    None. `captions` holds a caption, several captions or a class number of each image; it is None
+    if the source has neither. Raises UserError if the folder is damaged.
     """
 
     def __init__(self, folder: Path):
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            self.side, self.id = manifest["side"], manifest["sha256"]
-            self.classes, self.captions = manifest["classes"], manifest["captions"]
-            shape = (manifest["count"], self.side, self.side, 3)  # (N, s, s, 3)
-            self.raw = np.memmap(folder / "images.bin", np.uint8, mode="r", shape=shape)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder} is damaged; delete it to prepare it again") from error
+        manifest = read_manifest(folder)
+        self.side, self.notes = manifest["side"], manifest["notes"]
+        self.classes, self.captions = manifest["classes"], manifest["captions"]
+        shape = (manifest["count"], self.side, self.side, 3)  # (N, s, s, 3)
+        path = folder / "images.bin"
+        intact = path.is_file() and path.stat().st_size == math.prod(shape)
+        if not intact or file_sha256(path) != manifest["sha256"]:
+            raise UserError(
+                f"{path} is damaged (its sha256 differs from the manifest); delete {folder} to "
+                "prepare it again"
+            )
+        self.raw = np.memmap(path, np.uint8, mode="r", shape=shape)
+        content = [manifest["sha256"], self.classes, self.captions]
+        self.id = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         self.labels = np.array(self.captions) if self.classes else None
 
     def __len__(self) -> int:
@@ -309,7 +355,8 @@ class ShapesDataset:
 def load_images(
     cfg: ImageConfig, split: str, size: int, captions: bool = False
 ) -> ImageDataset | ShapesDataset:
-    """Images of "train" or "val", prepared if necessary.
+    """Images of "train" or "val", prepared if necessary. Prints how they are stored, and what of
+    the source is not used.
 
     Raises UserError, also if `captions` are required and the source has none.
     """
@@ -317,6 +364,8 @@ def load_images(
     if source == "shapes":
         return ShapesDataset(split, size)
     data = ImageDataset(prepare_images(cfg, split, size))
+    for note in data.notes:
+        print(note)
     if captions and data.captions is None:
         raise UserError(
             f"data source {source} has no captions; add a column `text` or `caption`, or class "

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.config import UserError
 from data.captions import (
     SYNONYMS,
     TEMPLATES,
@@ -16,8 +17,6 @@ from data.captions import (
 )
 from data.images import ImageConfig, ShapesDataset, load_images, load_pixels
 
-N_EPOCHS = 3
-
 
 @pytest.fixture
 def pets(workdir):
@@ -28,7 +27,7 @@ def pets(workdir):
     )
     columns = {"img": [Image.fromarray(p) for p in pixels], "label": [0, 1] * 10}
     datasets.Dataset.from_dict(columns, features=features).to_parquet("pets.parquet")
-    config = ImageConfig(source="pets.parquet", val_source="pets.parquet")
+    config = ImageConfig(source="pets.parquet", val_source="shapes")
     return load_images(config, "train", 16, captions=True)
 
 
@@ -77,6 +76,13 @@ def test_an_own_caption_is_the_same_in_every_epoch(pets, epoch):
     assert caption(pets, 0, epoch) == "a cat left of 2 dogs"
 
 
+def test_each_epoch_takes_one_of_several_captions(pets):
+    pets.classes, pets.captions = None, [["a cat", "a pet", "an animal"]]
+    texts = [caption(pets, 0, epoch) for epoch in range(30)]
+    assert set(texts) == {"a cat", "a pet", "an animal"}
+    assert texts == [caption(pets, 0, epoch) for epoch in range(30)]
+
+
 def test_a_rendered_scene_has_a_fixed_caption_of_its_own():
     data = ShapesDataset("train", 32)
     assert caption(data, 7, 0) == caption(data, 7, 3) != caption(data, 8, 0)
@@ -108,8 +114,7 @@ def tokenized_pets(pets, encode, augment: bool, cached: bool):
         pets,
         encode,
         cache_dir="cache",
-        weights_sha256="some weights",
-        n_epochs=N_EPOCHS,
+        encoder={"weights": "some weights"},
         augment=augment,
         n_image_tokens=3,
         cached=cached,
@@ -119,25 +124,90 @@ def tokenized_pets(pets, encode, augment: bool, cached: bool):
 either_way = pytest.mark.parametrize("cached", [True, False], ids=["cached", "not cached"])
 
 
+class Rows:
+    """Encodes row r as the tokens r, 0, 65535, and remembers which rows it encoded."""
+
+    def __init__(self):
+        self.encoded = []
+
+    def __call__(self, rows: list[int]) -> torch.Tensor:
+        self.encoded.extend(rows)
+        return self.tokens(rows)
+
+    @staticmethod
+    def tokens(rows: list[int]) -> torch.Tensor:
+        return torch.tensor([[row, 0, 65_535] for row in rows])
+
+
+def token_cache(weights: str = "a") -> ImageTokenCache:
+    return ImageTokenCache("cache", {"weights": weights}, 3)
+
+
 def test_token_cache_encodes_each_row_once(workdir):
-    requested = []
-
-    def encode(rows):
-        requested.extend(rows)
-        return torch.tensor([[row, 0, 65_534] for row in rows])
-
-    first = ImageTokenCache("cache", {"weights": "a"}, 8, 3)
-    assert first.get([5, 2, 5], encode).tolist() == [[row, 0, 65_534] for row in (5, 2, 5)]
-    larger = ImageTokenCache("cache", {"weights": "a"}, 20, 3)  # opened again, with more rows
-    assert larger.get([5, 19], encode).tolist() == [[row, 0, 65_534] for row in (5, 19)]
-    assert requested == [5, 2, 19]
+    encode = Rows()
+    for rows in ([5, 2, 5], [5, 19], [2, 19, 5]):
+        assert torch.equal(token_cache().get(rows, encode), Rows.tokens(rows))
+    assert encode.encoded == [5, 2, 19]
 
 
 def test_token_caches_of_different_keys_are_separate(workdir):
     for weights, token in (("a", 1), ("b", 2)):
-        cache = ImageTokenCache("cache", {"weights": weights}, 8, 3)
-        tokens = cache.get([5], lambda rows, token=token: torch.full((len(rows), 3), token))
+        tokens = token_cache(weights).get(
+            [5], lambda rows, token=token: torch.full((len(rows), 3), token)
+        )
         assert tokens.tolist() == [[token] * 3]
+
+
+def test_rows_that_were_never_written_are_encoded(workdir):
+    token_cache().get([7], Rows())
+    encode = Rows()
+    assert torch.equal(token_cache().get([0, 7], encode), Rows.tokens([0, 7]))
+    assert encode.encoded == [0]
+
+
+@pytest.mark.parametrize("byte", range(10))
+def test_a_damaged_row_is_encoded_again(workdir, byte):
+    cache = token_cache()
+    cache.get([0, 1, 2], Rows())
+    content = bytearray(cache.path.read_bytes())
+    content[10 + byte] ^= 1  # a row has 3 tokens of 2 bytes and 4 bytes of crc32
+    cache.path.write_bytes(content)
+    for expected in ([1], []):
+        encode = Rows()
+        assert torch.equal(cache.get([0, 1, 2], encode), Rows.tokens([0, 1, 2]))
+        assert encode.encoded == expected
+
+
+@pytest.mark.parametrize("n_bytes, n_left", [(0, 0), (15, 1), (29, 2)])
+def test_rows_cut_off_are_encoded_again(workdir, n_bytes, n_left):
+    cache = token_cache()
+    cache.get([0, 1, 2], Rows())
+    with cache.path.open("r+b") as file:
+        file.truncate(n_bytes)
+    encode = Rows()
+    assert torch.equal(cache.get([0, 1, 2], encode), Rows.tokens([0, 1, 2]))
+    assert encode.encoded == [0, 1, 2][n_left:]
+
+
+def test_two_users_of_a_token_cache_share_rows(workdir):
+    first, second, encode = token_cache(), token_cache(), Rows()
+    first.get([3], encode)
+    second.get([1, 3], encode)
+    first.get([1], encode)
+    assert encode.encoded == [3, 1]
+
+
+def test_a_full_disk_is_reported_for_image_tokens(workdir):
+    resource = pytest.importorskip("resource")
+    cache = token_cache()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (995, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"cannot write {cache.path}: File too large; free dis"):
+            cache.get([99], Rows())
+        assert cache.get([98], Rows()).tolist() == Rows.tokens([98]).tolist()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @either_way
@@ -168,4 +238,14 @@ def test_a_cache_encodes_an_augmented_image_once_per_epoch(pets, augment, n_enco
 
 def test_caches_with_and_without_augmentation_are_separate(pets):
     paths = {tokenized_pets(pets, Encoder(), a, cached=True).cache.path for a in (True, False)}
+    assert len(paths) == 2
+
+
+@pytest.mark.parametrize("change", [{"encoder": {"dtype": "bfloat16"}}, {"n_image_tokens": 2}])
+def test_the_encoder_and_the_number_of_tokens_decide_the_cache(pets, change):
+    options = {"encoder": {"dtype": "float32"}, "n_image_tokens": 3, "augment": False}
+    paths = {
+        tokenized(pets, Encoder(), cache_dir="cache", cached=True, **options | more).cache.path
+        for more in ({}, change)
+    }
     assert len(paths) == 2

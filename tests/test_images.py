@@ -1,4 +1,6 @@
 import json
+import shutil
+import threading
 from pathlib import Path
 
 import datasets
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 from common.config import UserError
+from data.image_source import content_key, decode_image
 from data.images import (
     ImageConfig,
     ShapesDataset,
@@ -77,7 +80,7 @@ def test_the_form_of_a_source_does_not_change_its_splits(pets, source):
 
 @every_form
 def test_images_keep_their_pixels_side_and_labels(pets, source):
-    data = load_images(ImageConfig(source=source, val_source=source), "train", 64)
+    data = load_images(ImageConfig(source=source, val_source="shapes"), "train", 64)
     assert data.side == 32
     assert data.classes == ["cat", "dog"]
     labels = {data.pixels(i).tobytes(): label for i, label in enumerate(data.labels)}
@@ -111,7 +114,7 @@ def test_larger_images_are_cropped_to_the_center_and_resized(workdir):
     wide[:, 20:60] = 200  # the center square
     Path("a/x").mkdir(parents=True)
     Image.fromarray(wide).save("a/x/0.png")
-    data = load_images(ImageConfig(source="a", val_source="a"), "train", 16)
+    data = load_images(ImageConfig(source="a", val_source="shapes"), "train", 16)
     assert data.pixels(0).shape == (3, 16, 16)
     # bicubic resampling near the edges reads a little beyond the crop
     assert (abs(data.pixels(0).astype(int) - 200) < 20).all()
@@ -128,6 +131,99 @@ def test_a_changed_file_is_prepared_again(pets):
     for i in (0, 2, 4, 6, 8, 10):
         random_image(200 + i).save(f"pets/cat/{i:02d}.png")
     assert load_images(pets, "train", 32).id != before
+
+
+# ---- validation images are not trained on
+@pytest.fixture
+def overlap(pets, own_test_split):
+    """own/test with two images of pets and one of own/train, as files of another type."""
+    for path in ("pets/cat/00.png", "pets/dog/01.png", "own/train/cat/0.png"):
+        Image.open(path).save(f"own/test/cat/{Path(path).stem}.bmp")
+
+
+@pytest.mark.parametrize("source, n_images", [("pets", 38), ("pets.parquet", 38), ("own", 2)])
+def test_validation_images_are_not_trained_on(overlap, source, n_images):
+    config = ImageConfig(source=source, val_source=None if source == "own" else "own")
+    train, val = (load_images(config, split, 32) for split in ("train", "val"))
+    assert (len(train), len(val)) == (n_images, 5)
+    assert not contents(train) & contents(val)
+
+
+def test_images_left_out_of_training_are_counted_on_every_start(overlap, capsys):
+    for _ in range(2):
+        load_images(ImageConfig(source="pets", val_source="own"), "train", 32)
+        expected = "; 2 of 40 images left out, because they are in validation"
+        assert expected in capsys.readouterr().out
+
+
+def test_images_are_compared_at_full_size(workdir):
+    for folder, shade in (("train", 10), ("test", 11)):  # equal when reduced to one pixel
+        Path("set", folder).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3), 10, np.uint8)).save(f"set/{folder}/0.png")
+        image = Image.fromarray(np.full((8, 8, 3), 200, np.uint8))
+        image.putpixel((0, 0), (shade, 0, 0))
+        image.save(f"set/{folder}/1.png")
+    assert len(load_images(ImageConfig(source="set"), "train", 1)) == 1
+
+
+def test_images_of_another_shape_are_other_images():
+    assert content_key(Image.new("RGB", (2, 8))) != content_key(Image.new("RGB", (8, 2)))
+
+
+def test_training_images_are_prepared_again_if_validation_gains_one_of_them(pets, own_test_split):
+    config = ImageConfig(source="pets", val_source="own")
+    assert len(load_images(config, "train", 32)) == 40
+    shutil.copy("pets/cat/00.png", "own/test/cat")
+    assert len(load_images(config, "train", 32)) == 39
+
+
+def test_duplicates_share_a_split(pets):
+    shutil.copytree("pets/cat", "pets/dog/copies")
+    train, val = (load_images(pets, split, 32) for split in ("train", "val"))
+    assert len(train) + len(val) == 60
+    assert not contents(train) & contents(val)
+
+
+def test_a_source_validated_on_itself_is_refused(pets):
+    message = "all 40 training images of data source pets are also validation images; pass another"
+    with pytest.raises(UserError, match=message):
+        load_images(ImageConfig(source="pets", val_source="pets.parquet"), "train", 32)
+
+
+# ---- stored size
+@pytest.mark.parametrize("size, side", [(16, 16), (64, 32)])
+def test_the_largest_short_edge_decides_the_stored_side(pets, capsys, size, side):
+    random_image(0).resize((6, 90)).save("pets/cat/00.png")
+    for split in ("train", "val"):
+        assert load_images(pets, split, size).side == side
+    printed = capsys.readouterr().out
+    assert f"pets: train images stored at {side} x {side} pixels" in printed
+    assert printed.count("; 1 smaller image enlarged") == 1
+
+
+# ---- what identifies the data
+@pytest.mark.parametrize(
+    "feature, values",
+    [
+        (datasets.Value("string"), ["a cat", "a dog"]),
+        (datasets.ClassLabel(names=["cat", "dog"]), [0, 1]),
+    ],
+)
+def test_the_id_depends_on_captions_and_labels(workdir, feature, values):
+    ids = set()
+    for texts in (values, values[::-1]):
+        source = write_parquet("x.parquet", feature, img=[*map(random_image, (0, 1))], text=texts)
+        ids.add(load_images(ImageConfig(source=source, val_source="shapes"), "train", 32).id)
+    assert len(ids) == 2
+
+
+def test_the_id_depends_on_the_names_of_classes(workdir):
+    ids = set()
+    for names in (["cat", "dog"], ["cat", "fox"]):
+        feature = datasets.ClassLabel(names=names)
+        source = write_parquet("x.parquet", feature, img=[random_image(0)], label=[0])
+        ids.add(load_images(ImageConfig(source=source, val_source="shapes"), "train", 32).id)
+    assert len(ids) == 2
 
 
 # ---- augmentation
@@ -153,7 +249,7 @@ def test_images_with_labels_are_flipped_half_of_the_time(pets):
 def test_images_with_captions_are_never_flipped(workdir):
     columns = {"img": [random_image(0)], "text": ["a cat left of a dog"]}
     source = write_parquet("said.parquet", datasets.Value("string"), **columns)
-    data = load_images(ImageConfig(source=source, val_source=source), "train", 32)
+    data = load_images(ImageConfig(source=source, val_source="shapes"), "train", 32)
     assert n_unflipped(data) == 30
 
 
@@ -170,7 +266,7 @@ def test_captions_of_an_image_folder_come_from_its_metadata(workdir):
         random_image(i).save(f"said/{i}.png")
     metadata = [{"file_name": f"{i}.png", "text": f"a cat left of {i} dogs"} for i in range(4)]
     Path("said/metadata.jsonl").write_text("\n".join(map(json.dumps, metadata)))
-    config = ImageConfig(source="said", val_source="said")
+    config = ImageConfig(source="said", val_source="shapes")
     data = load_images(config, "train", 32, captions=True)
     assert data.captions == [f"a cat left of {i} dogs" for i in range(4)]
     assert data.classes is None and data.labels is None
@@ -260,7 +356,9 @@ def half_an_image(path: Path) -> None:
 @pytest.mark.parametrize("damage", [not_an_image, half_an_image])
 def test_a_damaged_image_is_named(pets, damage):
     damage(Path("pets/cat/00.png"))
-    with pytest.raises(UserError, match="00.png of pets cannot be read: .*; fix or remove it"):
+    with pytest.raises(
+        UserError, match="image pets/cat/00.png cannot be read: .*; fix or remove it"
+    ):
         load_images(pets, "train", 32)
 
 
@@ -273,19 +371,102 @@ def test_a_failed_preparation_leaves_no_prepared_folder(pets):
     assert len(load_images(pets, "train", 32)) > 20
 
 
-def test_a_damaged_prepared_folder_is_named(pets):
-    load_images(pets, "train", 32)
-    (manifest,) = Path("cache/images").rglob("manifest.json")
-    manifest.write_text('{"count": 5')
-    with pytest.raises(UserError, match="cache/images/train-.* is damaged; delete it"):
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, flip])
+@pytest.mark.parametrize("name", ["images.bin", "manifest.json"])
+def test_a_damaged_prepared_folder_is_named_and_can_be_prepared_again(pets, name, damage):
+    before = load_images(pets, "train", 32)
+    (folder,) = Path("cache/images").glob("train-*")
+    damage(folder / name)
+    with pytest.raises(UserError, match=rf"is damaged.*; delete {folder} to prepare it again"):
         load_images(pets, "train", 32)
+    shutil.rmtree(folder)
+    assert load_images(pets, "train", 32).id == before.id
+
+
+def test_an_interrupted_preparation_leaves_nothing(pets, monkeypatch):
+    monkeypatch.setattr("data.images.square", lambda *_: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        load_images(pets, "train", 32)
+    assert not [path for path in Path("cache/images").iterdir() if path.is_dir()]
+
+
+def test_two_preparations_at_once_both_succeed(pets, monkeypatch):
+    ids, n_decoded = [], [0]
+    second = threading.Thread(target=lambda: ids.append(load_images(pets, "train", 32).id))
+
+    def decode(encoded, name):
+        n_decoded[0] += 1
+        if n_decoded[0] == 10:
+            second.start()
+            second.join(0.5)  # would finish or break the first one if nothing held it back
+        return decode_image(encoded, name)
+
+    monkeypatch.setattr("data.images.decode_image", decode)
+    ids.append(load_images(pets, "train", 32).id)
+    second.join()
+    assert len(ids) == 2 and len(set(ids)) == 1
+    assert n_decoded == [80]
+
+
+def test_a_full_disk_is_reported(pets):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # of 40 * 3,072 bytes
+    try:
+        with pytest.raises(
+            UserError, match="cannot write cache/images/val-.*: File too large; free"
+        ):
+            load_images(ImageConfig(source="pets", val_fraction=0.99), "val", 32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in Path("cache/images").iterdir() if path.is_dir()]
+
+
+def test_an_empty_split_is_refused_with_a_fraction_that_works(pets):
+    with pytest.raises(UserError, match="leaves no train images of the 40") as error:
+        load_images(ImageConfig(source="pets", val_fraction=1 - 1e-9), "train", 32)
+    works = float(str(error.value).rpartition(" ")[2])
+    assert len(load_images(ImageConfig(source="pets", val_fraction=works), "train", 32)) == 1
+
+
+def test_a_small_fraction_holds_out_one_image_and_says_so(pets, capsys):
+    cfg = ImageConfig(source="pets", val_fraction=1e-9)
+    assert [len(load_images(cfg, split, 32)) for split in ("train", "val")] == [39, 1]
+    assert "held out one image, because data.val_fraction is too small" in capsys.readouterr().out
+
+
+def test_validation_from_the_source_itself_is_held_out(pets):
+    same = ImageConfig(source="pets", val_source="pets", val_fraction=0.3)
+    null = ImageConfig(source="pets", val_fraction=0.3)
+    ids = [[load_images(cfg, split, 32).id for split in ("train", "val")] for cfg in (same, null)]
+    assert ids[0] == ids[1]
+
+
+def test_a_set_of_one_image_cannot_be_split(workdir):
+    Path("one").mkdir()
+    random_image(0).save("one/0.png")
+    with pytest.raises(UserError, match="pass more different images or a --data.val_source"):
+        load_images(ImageConfig(source="one"), "train", 32)
 
 
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("missing.parquet", "missing.parquet is neither a folder nor a .parquet file"),
-        ("./missing", "./missing is neither a folder nor a .parquet file"),
+        ("missing.parquet", "missing.parquet is neither a file or folder"),
+        ("./missing", "./missing is neither a file or folder .* nor a hub dataset OWNER/NAME"),
+        ("missing", "source missing is neither"),
+        ("a/b/c", "source a/b/c is neither"),
+        ("", "source  is neither"),
         ("corpus.jsonl", "corpus.jsonl has files that are not .parquet"),
     ],
 )
@@ -304,7 +485,7 @@ def test_a_source_without_images_names_its_columns(workdir):
 def bare(workdir):
     """A source of one image without a caption."""
     source = write_parquet("bare.parquet", datasets.Value("int64"), img=[random_image(1)], n=[3])
-    return ImageConfig(source=source, val_source=source)
+    return ImageConfig(source=source, val_source="shapes")
 
 
 def test_images_do_not_need_captions_for_a_vqvae(bare):
@@ -319,13 +500,13 @@ def test_required_captions_that_are_missing_are_reported(bare):
 @pytest.mark.parametrize(
     "image, text, message",
     [
-        (None, "b", "image number 1 of gap.parquet cannot be read"),
-        (random_image(1), " ", "image number 1 of gap.parquet has nothing in column 'text'"),
-        (random_image(1), None, "image number 1 of gap.parquet has nothing in column 'text'"),
+        (None, "b", "image number 1 of gap.parquet cannot be read: it is missing"),
+        (random_image(1), " ", "image number 1 of gap.parquet has ' ' in column 'text'"),
+        (random_image(1), None, "image number 1 of gap.parquet has None in column 'text'"),
     ],
 )
 def test_a_missing_image_or_caption_is_named(workdir, image, text, message):
     images, texts = [random_image(0), image], ["a", text]
     source = write_parquet("gap.parquet", datasets.Value("string"), img=images, text=texts)
     with pytest.raises(UserError, match=message):
-        load_images(ImageConfig(source=source, val_source=source), "train", 32)
+        load_images(ImageConfig(source=source, val_source="shapes"), "train", 32)

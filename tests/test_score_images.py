@@ -12,6 +12,7 @@ import train_vqvae
 from common.config import UserError, load_config
 from data import shapes
 from data.images import ImageConfig
+from sampling import load_run, resolve_sampling
 from tools import score_images
 
 
@@ -144,6 +145,18 @@ def test_argmin_accuracy_is_omitted_for_no_images(in_workspace):
     assert "generative_accuracy" not in score("m", "--n", "4", "--n_classify", "0")
 
 
+def test_captions_that_are_too_long_are_truncated_and_counted(in_workspace, capsys):
+    loaded = load_run("m", load_config(score_images.Config, ["m"]))
+    cfg = load_config(score_images.Config, ["m", "--batch=2"])
+    resolve_sampling(cfg, loaded)
+    score_images.generate_all(cfg, loaded, ["a photo of a red", "word " * 200])
+    assert "1 of 2 captions truncated to 32 tokens" in capsys.readouterr().out
+
+
+def test_no_draft_of_the_scores_is_left(scores, workspace):
+    assert list((workspace / "runs/m").glob("*.tmp")) == []
+
+
 # ---- errors
 @pytest.mark.parametrize(
     "args, message",
@@ -169,6 +182,6 @@ def test_images_with_captions_instead_of_labels_are_refused(workdir):
     rows = [{"file_name": f"{i}.png", "text": f"number {i}"} for i in range(2)]
     Path("captioned/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = load_config(score_images.Config, ["m", "--n=8", "--n_real=8"])
-    config = ImageConfig(source="captioned", val_source="captioned")
+    config = ImageConfig(source="captioned", val_fraction=0.4)
     with pytest.raises(UserError, match="data source captioned has captions but no class labels"):
         score_images.labeled_images(cfg, config, 32)
