@@ -8,11 +8,15 @@ resuming is exact.
 import hashlib
 import itertools
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,22 +24,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import HumanInt, UserError
-from common.run import write_text
+from common.run import file_sha256, locked, write_text
+from data.hub import hub_revisions
 from data.order import batch_indices, prefetch
 from data.source import (
     BUILT_IN,
+    IDS,
+    PART_CHARACTERS,
     as_mix,
+    boundary,
+    content_hash,
     digest,
+    document_parts,
     documents,
-    file_sha256,
     file_stats,
-    hub_revisions,
-    in_validation,
     local_files,
+    n_characters,
+    only_document_size,
 )
 
-SHARD_TOKENS = 8_000_000  # an interrupted preparation loses at most this much work
+SHARD_TOKENS = 8_000_000  # a killed preparation loses at most this much work
 BATCH_DOCUMENTS = 256  # tokenized at a time: enough for all cores, few enough for flat memory
+BATCH_CHARACTERS = 8_000_000
+ENCODE_CHARACTERS = 2_000_000  # in one call of the tokenizer, which needs 100 bytes for each
+BOUNDARY_CHARACTERS = 10_000  # how far before a split by position a line end may be
 
 
 @dataclass
@@ -48,12 +60,17 @@ class DataConfig:
             "HuggingFaceTB/smollm-corpus:cosmopedia-v2": 0.3,
         }
     )
-    """Training text: a hub dataset NAME or NAME:CONFIG (streamed); a folder, path or glob of
-    .parquet, .jsonl or .txt files; `stdlib` (the source of this Python's standard library); or a
-    mix {source: weight}, to which each source contributes text in proportion to its weight."""
+    """Training text: a hub dataset OWNER/NAME or OWNER/NAME:CONFIG (streamed); a folder, path or
+    glob of files of one type, .parquet, JSON (.jsonl, .ndjson, .json) or plain text (such as .txt
+    and .md, one document per file), also compressed (.gz, .bz2, .xz, .zst); `stdlib` (the source of
+    this Python's standard library); or a mix {source: weight}, to which each source contributes
+    text in proportion to its weight. Documents above 1,000,000 characters are split into parts at
+    line ends, each a document of its own. Of folders or files that are named train, validation and
+    test, only train is read."""
     val_source: str | dict[str, float] | None = None
-    """Validation text, in the same formats as data.source. null: hold out a fraction of the
-    documents of data.source (data.val_fraction)."""
+    """Validation text, in the same formats as data.source, where documents with the same text are
+    then excluded. null: hold out a fraction of the documents of data.source
+    (data.val_fraction)."""
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
     """Tokenizer: a hub name, a local folder, or bpe-N for a byte-level BPE with N entries (257 to
     65536) trained on the training source."""
@@ -62,11 +79,14 @@ class DataConfig:
     and its text is not read."""
     val_fraction: float = 0.05
     """Fraction of documents held out for validation, between 0 and 1 (exclusive), chosen by a hash
-    of their content. Has no effect if data.val_source is set."""
+    of their content. If the source is a single document, its end is held out. Has no effect if
+    data.val_source is set."""
     val_tokens: HumanInt = HumanInt("1M")
     """Number of validation tokens to prepare, rounded up to whole documents."""
     cache: str = "cache"
     """Folder for token shards and tokenizers."""
+    retry_seconds: float = 60.0
+    """Seconds to keep retrying a hub request that fails for a transient reason."""
 
     def __post_init__(self):
         if not 0 < self.val_fraction < 1:
@@ -77,17 +97,100 @@ class DataConfig:
             raise ValueError(f"--data.val_tokens is {self.val_tokens}; it must be positive")
 
 
-# ---- preparation
+# ---- documents
+class Document(NamedTuple):
+    """A document of a source and where it belongs."""
+
+    record: dict  # {"input_ids": ids} or {column: text}
+    split: str  # "train", "val" or "excluded"
+    hash: float  # of its content; below the fraction held out: validation
+    key: float  # equal for texts that differ only in surrounding white space, and for their ids
+
+
 def end_of_text(tokenizer) -> int | None:
     """The id placed before every document: the tokenizer's eos, or its bos if it has no eos."""
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
 
 
-def holdout_fraction(cfg: DataConfig) -> float:
-    """Fraction of the source's documents that is held out for validation."""
-    return cfg.val_fraction if cfg.val_source is None else 0.0
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text. Special tokens that a text spells are ordinary text."""
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    return tokenizer(texts, return_attention_mask=False, **options)["input_ids"] if texts else []
 
 
+def content_key(record: dict, tokenizer=None) -> float:
+    """Hash of a document's text without surrounding white space; ids are decoded if possible."""
+    (content,) = record.values()
+    if IDS in record and tokenizer is not None:
+        check_ids(content, tokenizer)
+        content = tokenizer.decode(
+            content, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+    return content_hash(content.strip() if isinstance(content, str) else content)
+
+
+def check_ids(ids: list, tokenizer) -> None:
+    """Raises UserError unless ids of a document are entries of the tokenizer."""
+    if not 0 <= min(ids) <= max(ids) < len(tokenizer):
+        raise UserError(
+            f"input_ids range from {min(ids)} to {max(ids)}, but the tokenizer has "
+            f"{len(tokenizer)} entries; pass the tokenizer that made them with --data.tokenizer"
+        )
+
+
+def split_documents(
+    cfg: DataConfig, request: dict, revisions: dict, *, tokenizer=None, excluded=(), counts=None
+) -> Iterator[Document]:
+    """The documents of a request with the split that each belongs to.
+
+    A text follows the first one with the same key, so that no text is in two splits. With
+    `excluded`, keys of validation documents, documents with these are excluded. Raises UserError.
+    """
+    source, column, fraction = (request[k] for k in ("source", "text_column", "holdout_fraction"))
+    size = only_document_size(source, column) if fraction else None
+    if size is not None:
+        (name,) = as_mix(source)
+        yield from split_by_position(document_parts(name, column, counts), size, fraction)
+        return
+    is_val = {}  # by key
+    for record in documents(source, column, revisions, cfg.retry_seconds, counts):
+        key = content_key(record, tokenizer)
+        (content,) = record.values()
+        hashed = content_hash(content)
+        if fraction:
+            split = "val" if is_val.setdefault(key, hashed < fraction) else "train"
+        else:
+            split = "excluded" if key in excluded else request["split"]
+        yield Document(record, split, hashed, key)
+
+
+def split_by_position(parts: Iterable[dict], size: int, fraction: float) -> Iterator[Document]:
+    """The parts of a single document of `size` characters, its end for validation."""
+    cut = size - max(1, round(size * fraction))
+    for part in parts:
+        ((name, content),) = part.items()
+        here = min(max(cut, 0), len(content))
+        if 0 < here < len(content) and isinstance(content, str):
+            start = max(here // 2, here - BOUNDARY_CHARACTERS)
+            here = boundary(content, start, here) or here
+        cut -= len(content)
+        for split, piece in (("train", content[:here]), ("val", content[here:])):
+            if piece if name == IDS else piece.strip():
+                yield Document(
+                    {name: piece}, split, content_hash(piece), content_key({name: piece})
+                )
+
+
+def training_records(cfg: DataConfig) -> Iterator[dict]:
+    """Training documents of a config: {"input_ids": ids} or {column: text}. Raises UserError."""
+    request = token_request(cfg, "train", "")
+    revisions = hub_revisions(request["hub_datasets"], cfg.retry_seconds)
+    for document in split_documents(cfg, request, revisions):
+        if document.split == "train":
+            yield document.record
+
+
+# ---- preparation
 def token_request(cfg: DataConfig, split: str, tokenizer_hash: str) -> dict:
     """Everything that determines the prepared tokens, except how many training tokens there are.
 
@@ -95,14 +198,14 @@ def token_request(cfg: DataConfig, split: str, tokenizer_hash: str) -> dict:
     """
     source = cfg.val_source if split == "val" and cfg.val_source is not None else cfg.source
     names = [name for name in as_mix(source) if name not in BUILT_IN]
-    files = {name: file_stats(local_files(name)) for name in names}
+    files = {name: file_stats(local_files(name).train) for name in names}
     return {
         "source": source,
         "files": files,
         "hub_datasets": [name for name in names if not files[name]],
         "python": sys.version if "stdlib" in as_mix(source) else None,
         "split": split,
-        "holdout_fraction": holdout_fraction(cfg),
+        "holdout_fraction": cfg.val_fraction if cfg.val_source is None else 0.0,
         "text_column": cfg.text_column,
         "tokenizer": tokenizer_hash,
         # so that a larger validation set never replaces a smaller one
@@ -114,108 +217,229 @@ def prepare_tokens(cfg: DataConfig, split: str, tokens: int, tokenizer) -> Path:
     """Folder with at least `tokens` tokens of a split ("train" or "val"), or all the source has.
 
     Tokens of an earlier or interrupted preparation are kept and extended: the token stream does not
-    depend on how many calls prepared it. Raises UserError.
+    depend on how many calls prepared it. With data.val_source, training documents with the text of
+    a prepared validation document are excluded. Prints what is not used. Raises UserError.
     """
-    request = token_request(cfg, split, digest(tokenizer.backend_tokenizer.to_str()))
-    folder = Path(cfg.cache) / "tokens" / f"{split}-{digest(request)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = read_manifest(folder) or {
-        "request": request,
-        "revisions": hub_revisions(request["hub_datasets"]),
-        "complete": False,
-        **dict.fromkeys(("records", "documents", "bytes", "tokens"), 0),
-        "shards": [],
-    }
-    stream = documents(request["source"], cfg.text_column, manifest["revisions"])
-    stream = itertools.islice(stream, manifest["records"], None)
-    n_done = manifest["tokens"]
-    quiet = manifest["complete"] or n_done >= tokens or not sys.stderr.isatty()
-    label = f"tokenizing {split}"
-    with tqdm(
-        desc=label, total=tokens, initial=n_done, unit="tok", unit_scale=True, disable=quiet
-    ) as bar:
-        while manifest["tokens"] < tokens and not manifest["complete"]:
-            n_wanted = min(SHARD_TOKENS, tokens - manifest["tokens"])
-            shard = next_shard(stream, n_wanted, manifest, tokenizer, bar)
-            save_shard(folder, shard, manifest)
+    folder = prepared(cfg, split, tokens, tokenizer)
+    print_notes(read_manifest(folder))
     return folder
 
 
-def next_shard(
-    stream: Iterator[dict], n_wanted: int, manifest: dict, tokenizer, bar: tqdm
-) -> np.ndarray:
-    """Next n_wanted or more tokens of the stream, fewer if it ends: uint16 (N,).
+def prepared(cfg: DataConfig, split: str, tokens: int, tokenizer) -> Path:
+    """The folder of prepare_tokens. Raises UserError."""
+    request, excluded = token_request(cfg, split, digest(tokenizer.backend_tokenizer.to_str())), ()
+    if split == "train" and cfg.val_source is not None:
+        excluded = read_manifest(prepared(cfg, "val", cfg.val_tokens, tokenizer))["keys"]
+        request["excluded"] = digest(excluded)
+    folder = Path(cfg.cache) / "tokens" / f"{split}-{digest(request)}"
+    lock = Path(cfg.cache) / folder.name  # the folder of tokens holds nothing but prepared folders
+    with cache_errors(folder), locked(lock):
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.tmp"):  # of a process that was killed
+            leftover.unlink()
+        manifest = read_manifest(folder) or {
+            "request": request,
+            "revisions": hub_revisions(request["hub_datasets"], cfg.retry_seconds),
+            "complete": False,
+            **dict.fromkeys(("records", "documents", "excluded", "bytes", "tokens"), 0),
+            "hashes": [],  # least and greatest so far
+            "keys": [],
+            "counts": {},
+            "shards": [],
+        }
+        if manifest["tokens"] < tokens and not manifest["complete"]:
+            extend(folder, manifest, tokens, cfg, tokenizer, set(excluded))
+    return folder
 
-    Adds the records, documents and bytes read to the manifest. Raises UserError.
+
+@contextmanager
+def cache_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of writing to a folder of the cache into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename or folder
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free disk space or fix the "
+            "permissions, and start again to continue after the last complete shard"
+        ) from error
+
+
+def extend(
+    folder: Path, manifest: dict, tokens: int, cfg: DataConfig, tokenizer, excluded: set
+) -> None:
+    """Tokenize until the folder has `tokens` tokens or the source ends. Raises UserError.
+
+    Whatever stops it, the tokens made so far are saved.
     """
-    split, fraction = manifest["request"]["split"], manifest["request"]["holdout_fraction"]
-    pieces, n_tokens = [np.empty(0, np.uint16)], 0
-    while n_tokens < n_wanted and not manifest["complete"]:
-        batch = list(itertools.islice(stream, BATCH_DOCUMENTS))
-        kept = [r for r in batch if not fraction or in_validation(r, fraction) == (split == "val")]
-        new_pieces, n_bytes = tokenize(kept, tokenizer)
-        n_new = sum(map(len, new_pieces))
-        pieces += new_pieces
-        n_tokens += n_new
-        manifest["records"] += len(batch)
-        manifest["documents"] += len(kept)
-        manifest["bytes"] += n_bytes
-        manifest["complete"] = len(batch) < BATCH_DOCUMENTS
-        bar.update(n_new)
-    return np.concatenate(pieces)  # (N,)
+    counts, request = Counter(), manifest["request"]
+    stream = split_documents(
+        cfg,
+        request,
+        manifest["revisions"],
+        tokenizer=tokenizer,
+        excluded=excluded,
+        counts=counts,
+    )
+    stream = itertools.islice(stream, manifest["records"], None)
+    label = f"tokenizing {request['split']}"
+    options = {"unit": "tok", "unit_scale": True, "disable": not sys.stderr.isatty()}
+    with tqdm(desc=label, total=tokens, initial=manifest["tokens"], **options) as bar:
+        while manifest["tokens"] < tokens and not manifest["complete"]:
+            n_wanted = min(SHARD_TOKENS, tokens - manifest["tokens"])
+            batches = []
+            try:
+                while n_wanted > 0 and not (batches and batches[-1].is_last):
+                    batch = next_batch(stream, manifest["request"]["split"], tokenizer)
+                    batches.append(batch)
+                    n_wanted -= batch.n_tokens
+                    bar.update(batch.n_tokens)
+            finally:
+                if batches:
+                    save_shard(folder, batches, manifest, counts)
 
 
-def save_shard(folder: Path, shard: np.ndarray, manifest: dict) -> None:
-    """Write a shard, unless it is empty, and the manifest that lists it."""
+class Batch(NamedTuple):
+    """Tokens of consecutive documents of a stream."""
+
+    pieces: list[np.ndarray]  # uint16 (N,) for each document of the split
+    keys: list[float]  # of the documents of the split
+    hashes: list[float]  # of all documents
+    n_excluded: int
+    n_bytes: int  # of text in the split
+    is_last: bool  # the stream has ended
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.pieces))
+
+
+def next_batch(stream: Iterator[Document], split: str, tokenizer) -> Batch:
+    """The next documents of a stream, those of the split tokenized. Raises UserError."""
+    batch, size, is_last = [], 0, True
+    for document in stream:
+        batch.append(document)
+        size += n_characters(document.record)
+        if len(batch) >= BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            is_last = False
+            break
+    kept = [document for document in batch if document.split == split]
+    pieces, n_bytes = tokenize([document.record for document in kept], tokenizer)
+    return Batch(
+        pieces,
+        [document.key for document in kept],
+        [document.hash for document in batch],
+        sum(document.split == "excluded" for document in batch),
+        n_bytes,
+        is_last,
+    )
+
+
+def save_shard(folder: Path, batches: list[Batch], manifest: dict, counts: Counter) -> None:
+    """Write the tokens of batches as a shard, unless there are none, and extend the manifest."""
+    shard = np.concatenate([np.empty(0, np.uint16), *(p for b in batches for p in b.pieces)])
+    hashes = [*manifest["hashes"], *(value for batch in batches for value in batch.hashes)]
+    new = manifest | {
+        "complete": batches[-1].is_last,
+        "records": manifest["records"] + sum(len(batch.hashes) for batch in batches),
+        "documents": manifest["documents"] + sum(len(batch.keys) for batch in batches),
+        "excluded": manifest["excluded"] + sum(batch.n_excluded for batch in batches),
+        "bytes": manifest["bytes"] + sum(batch.n_bytes for batch in batches),
+        "tokens": manifest["tokens"] + len(shard),
+        "hashes": [min(hashes, default=0.0), max(hashes, default=0.0)],
+        "counts": dict(counts),
+    }
+    request = manifest["request"]
+    if request["split"] == "val" and not request["holdout_fraction"]:  # excluded from training
+        new["keys"] = manifest["keys"] + [key for batch in batches for key in batch.keys]
     if len(shard):
         path = folder / f"{len(manifest['shards']):05d}.bin"
-        tmp = path.with_suffix(f".{os.getpid()}.tmp")
-        shard.tofile(tmp)
-        tmp.replace(path)
+        write_array(path, shard)
         entry = {"file": path.name, "tokens": len(shard), "sha256": file_sha256(path)}
-        manifest["shards"].append(entry)
-        manifest["tokens"] += len(shard)
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+        new["shards"] = [*manifest["shards"], entry]
+    write_text(folder / "manifest.json", json.dumps(new | {"digest": digest(new)}, indent=1))
+    manifest.update(new)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an array's bytes completely or not at all."""
+    tmp = path.with_name(f"{path.name}.tmp")
+    try:
+        with tmp.open("wb") as file:
+            file.write(array.data)
+            file.flush()
+            os.fsync(file.fileno())
+        tmp.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a failed write does not name it
+        tmp.unlink(missing_ok=True)
+        raise
 
 
 def tokenize(batch: list[dict], tokenizer) -> tuple[list[np.ndarray], int]:
     """Token ids of each record as uint16 (N,), end-of-text first, and the bytes of text in all.
 
-    Ready `input_ids` stay as they are; their byte count is the number of characters in the names of
-    their tokens, which is exact for a byte-level BPE. Raises UserError.
+    Ready `input_ids` stay as they are, after the texts; their byte count is the number of
+    characters in the names of their tokens, which is exact for a byte-level BPE.
     """
-    texts = [next(iter(record.values())) for record in batch if "input_ids" not in record]
-    ready = [record["input_ids"] for record in batch if "input_ids" in record]
-    n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    pieces = []
-    if texts:
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        encoded = tokenizer(texts, **options)["input_ids"]
-        pieces = [np.array([end_of_text(tokenizer), *ids], dtype=np.uint16) for ids in encoded]
+    texts = [next(iter(record.values())) for record in batch if IDS not in record]
+    ready = [record[IDS] for record in batch if IDS in record]
+    n_bytes = sum(len(text.encode()) for text in texts)
+    pieces, start = [], end_of_text(tokenizer)
+    for group in groups(texts, ENCODE_CHARACTERS):
+        pieces += [np.array([start, *ids], np.uint16) for ids in encode(tokenizer, group)]
     for ids in ready:
-        if len(ids) and not 0 <= min(ids) <= max(ids) < len(tokenizer):
-            raise UserError(
-                f"input_ids range from {min(ids)} to {max(ids)}, but the tokenizer has "
-                f"{len(tokenizer)} entries; pass the tokenizer that made them with --data.tokenizer"
-            )
-        pieces.append(np.array(ids, dtype=np.uint16))
+        pieces.append(np.array(ids, np.uint16))
         n_bytes += sum(map(len, tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)))
     return pieces, n_bytes
+
+
+def groups(texts: list[str], limit: int) -> Iterator[list[str]]:
+    """Consecutive texts in groups of about `limit` characters."""
+    group, size = [], 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= limit:
+            yield group
+            group, size = [], 0
+    yield group
 
 
 def read_manifest(folder: Path) -> dict | None:
     """Manifest of a prepared folder, None before its first shard. Raises UserError if damaged."""
     path = folder / "manifest.json"
-    if not path.exists():
-        return None
     try:
-        manifest = json.loads(path.read_text())
-        n_tokens = sum(shard["tokens"] for shard in manifest["shards"])
-        assert manifest["tokens"] == n_tokens, f"{manifest['tokens']} tokens, shards {n_tokens}"
-        assert manifest.keys() >= {"request", "revisions", "records", "bytes"}, manifest.keys()
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        saved = manifest.pop("digest")
+        assert saved == digest(manifest), saved
+        assert folder.name.endswith(digest(manifest["request"])), folder.name
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{path} is damaged; delete {folder} to prepare it again") from error
     return manifest
+
+
+def print_notes(manifest: dict) -> None:
+    """Print what was ignored, skipped, changed or excluded in a prepared source."""
+    request, counts = manifest["request"], manifest["counts"]
+    split, source = request["split"], request["source"]
+    if split == "train" or not request["holdout_fraction"]:  # once for a source
+        for name in as_mix(source):
+            if name not in BUILT_IN:
+                for line in local_files(name).notes(name):
+                    print(line)
+    place = counts.get("replaced_in")
+    for n, text in (
+        (counts.get("blank"), "skipped {} without text"),
+        (counts.get("replaced"), f"found U+FFFD (invalid characters) in {{}}, first in {place}"),
+        (counts.get("split"), f"split {{}} longer than {PART_CHARACTERS:,} characters"),
+        (manifest["excluded"], "excluded {} that are also in --data.val_source"),
+    ):
+        if n:
+            documents = f"{n:,} document{'s' if n > 1 else ''}"
+            print(f"{split} data: {text.format(documents)}", flush=True)
 
 
 # ---- batches
@@ -229,15 +453,7 @@ class Tokens:
     def __init__(self, folder: Path, limit: int | None = None):
         manifest = read_manifest(folder)
         if not manifest["shards"]:
-            request, n_records = manifest["request"], manifest["records"]
-            remedy = "pass a source that holds text"
-            if n_records:
-                fraction = f"set another --data.val_fraction (now {request['holdout_fraction']})"
-                remedy = f"{fraction} or pass a --data.val_source; a .txt file is one document"
-            raise UserError(
-                f"none of the {n_records} documents in data source {request['source']} is in the "
-                f"{request['split']} split; {remedy}"
-            )
+            raise UserError(no_tokens(manifest))
         paths = [folder / shard["file"] for shard in manifest["shards"]]
         for path, shard in zip(paths, manifest["shards"], strict=True):
             if not path.exists() or file_sha256(path) != shard["sha256"]:
@@ -274,6 +490,22 @@ class Tokens:
         """
         windows = [self.window(int(i) * seq_len, seq_len + 1) for i in indices]
         return torch.from_numpy(np.stack(windows))  # (N, seq_len + 1)
+
+
+def no_tokens(manifest: dict) -> str:
+    """Why a prepared split is empty, and what to do about it."""
+    request, (least, greatest) = manifest["request"], manifest["hashes"]
+    remedy = "pass validation text with --data.val_source"
+    if not request["holdout_fraction"]:
+        remedy = "all are in --data.val_source too, so pass other text there or omit it"
+    elif least < greatest:  # a fraction between them gives both splits a document
+        rounded = (math.ceil(least * 10**digits) / 10**digits for digits in range(1, 18))
+        fraction = next((f for f in rounded if least < f <= greatest), greatest)
+        remedy = f"set --data.val_fraction {fraction}, add documents, or {remedy}"
+    return (
+        f"none of the {manifest['records']} documents in data source {request['source']} is in the "
+        f"{request['split']} split; {remedy}"
+    )
 
 
 def token_batches(

@@ -3,18 +3,30 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import datasets
-import huggingface_hub
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import sentences, write_jsonl
+from helpers import ROOT, sentences, write_jsonl
 
 from common.config import UserError
-from data import text
-from data.text import DataConfig, Tokens, eval_windows, prepare_tokens, token_batches
+from data import source, text
+from data.text import (
+    DataConfig,
+    Tokens,
+    encode,
+    eval_windows,
+    prepare_tokens,
+    token_batches,
+    training_records,
+)
 from data.tokenizer import load_tokenizer
 
 EVERYTHING = 10**9
@@ -76,11 +88,141 @@ def test_a_validation_source_is_the_whole_validation_split(cfg, tokenizer):
     assert split_documents(tokenizer, folder) == ["Another text."]
 
 
-def test_with_a_validation_source_all_documents_are_for_training(cfg, tokenizer):
+def test_with_a_validation_source_all_documents_are_for_training(cfg, tokenizer, capsys):
     Path("other.txt").write_text("Another text.")
     cfg.val_source = "other.txt"
     folder = prepare_tokens(cfg, "train", EVERYTHING, tokenizer)
     assert len(split_documents(tokenizer, folder)) == 300
+    assert "excluded" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n_starts", [1, 2])
+def test_training_documents_that_are_in_the_validation_source_are_excluded(
+    cfg, tokenizer, capsys, n_starts
+):
+    write_jsonl("val.jsonl", [f" {document}\n" for document in sentences(300)[:60]])
+    cfg.val_source = "val.jsonl"
+    for _ in range(n_starts):  # printed each time
+        capsys.readouterr()
+        folder = prepare_tokens(cfg, "train", EVERYTHING, tokenizer)
+    assert sorted(split_documents(tokenizer, folder)) == sorted(sentences(300)[60:])
+    assert manifest_of(folder)["excluded"] == 60
+    printed = capsys.readouterr().out
+    assert "train data: excluded 60 documents that are also in --data.val_source" in printed
+
+
+def write_ids(path: str, tokenizer, documents: list[str]) -> None:
+    ids = [[tokenizer.eos_token_id, *tokenizer(document)["input_ids"]] for document in documents]
+    pq.write_table(pa.table({"input_ids": ids}), path)
+
+
+@pytest.mark.parametrize("with_ids", ["train", "val"])
+def test_the_same_text_as_ids_is_excluded(cfg, tokenizer, with_ids):
+    documents = {"train": sentences(300), "val": sentences(300)[:60]}
+    for split, texts in documents.items():
+        write_jsonl(f"{split}_.jsonl", texts)
+    write_ids("ids.parquet", tokenizer, documents[with_ids])
+    cfg.source, cfg.val_source = "train_.jsonl", "val_.jsonl"
+    if with_ids == "train":
+        cfg.source = "ids.parquet"
+    else:
+        cfg.val_source = "ids.parquet"
+    folder = prepare_tokens(cfg, "train", EVERYTHING, tokenizer)
+    assert sorted(split_documents(tokenizer, folder)) == sorted(sentences(300)[60:])
+
+
+@pytest.mark.parametrize("variant", ["{}\n", "\n {}  ", "ids"])
+def test_variants_of_a_text_are_in_the_same_split(cfg, tokenizer, variant):
+    write_jsonl("corpus.jsonl", sentences(300))
+    if variant == "ids":
+        write_ids("more.parquet", tokenizer, sentences(300))
+        cfg.source = {"corpus.jsonl": 0.5, "more.parquet": 0.5}
+    else:
+        write_jsonl("both.jsonl", sentences(300) + [variant.format(t) for t in sentences(300)])
+        cfg.source = "both.jsonl"
+    train, val = (
+        {
+            t.strip()
+            for t in split_documents(tokenizer, prepare_tokens(cfg, s, EVERYTHING, tokenizer))
+        }
+        for s in ("train", "val")
+    )
+    assert len(val) > 20
+    assert not train & val
+
+
+def test_the_validation_choice_of_texts_is_that_of_the_raw_text(cfg, tokenizer):
+    write_jsonl("spaced.jsonl", [f"{t}\n" for t in sentences(300)])
+    cfg.source = "spaced.jsonl"
+    val = split_documents(tokenizer, prepare_tokens(cfg, "val", EVERYTHING, tokenizer))
+    assert sorted(val) == sorted(
+        f"{t}\n" for t in sentences(300) if source.content_hash(f"{t}\n") < cfg.val_fraction
+    )
+
+
+def test_the_train_split_of_a_source_is_prepared_and_the_others_are_named(cfg, tokenizer, capsys):
+    Path("d").mkdir()
+    write_jsonl("d/train.jsonl", sentences(300)[:200])
+    write_jsonl("d/test.jsonl", sentences(300)[200:])
+    cfg.source = "d"
+    found = [
+        document
+        for split in ("train", "val")
+        for document in split_documents(tokenizer, prepare_tokens(cfg, split, 10**9, tokenizer))
+    ]
+    assert sorted(found) == sorted(sentences(300)[:200])
+    assert "set --data.val_source d/test.jsonl" in capsys.readouterr().out
+
+
+# ---- a single document
+LINES = "\n".join(f"{i}: {document}" for i, document in enumerate(sentences(40)))
+
+
+def single(name: str, content: str) -> str:
+    Path(name).write_text(json.dumps({"text": content}) if name.endswith("l") else content)
+    return name
+
+
+def joined(tokenizer, cfg, split: str) -> str:
+    return "".join(split_documents(tokenizer, prepare_tokens(cfg, split, EVERYTHING, tokenizer)))
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book.jsonl"])
+@pytest.mark.parametrize("part_characters", [1_000_000, 500])
+def test_a_single_document_is_split_at_a_line_near_its_end(
+    cfg, tokenizer, monkeypatch, name, part_characters
+):
+    monkeypatch.setattr(source, "PART_CHARACTERS", part_characters)
+    cfg.source = single(name, LINES)
+    train, val = joined(tokenizer, cfg, "train"), joined(tokenizer, cfg, "val")
+    assert train + val == LINES
+    assert train.endswith("\n")
+    assert 0.15 < len(val) / len(LINES) < 0.3
+
+
+@pytest.mark.parametrize(
+    "content, last", [("a title\n" + "many words " * 99, " "), ("x" * 500, "x"), ("xy", "x")]
+)
+def test_a_single_document_without_lines_is_split_at_a_space_or_anywhere(
+    cfg, tokenizer, content, last
+):
+    cfg.source = single("book.txt", content)
+    train, val = joined(tokenizer, cfg, "train"), joined(tokenizer, cfg, "val")
+    assert train + val == content
+    assert train[-1] == last
+    assert 0.15 < len(val) / len(content) <= 0.5
+
+
+def test_a_single_document_of_ids_is_split_by_position(cfg, tokenizer):
+    Path("ids.jsonl").write_text(json.dumps({"input_ids": list(range(1, 101))}))
+    cfg.source = "ids.jsonl"
+    splits = [token_stream(prepare_tokens(cfg, s, EVERYTHING, tokenizer)) for s in ("train", "val")]
+    assert [ids.tolist() for ids in splits] == [list(range(1, 81)), list(range(81, 101))]
+
+
+def test_a_tokenizer_for_a_single_document_is_trained_on_its_training_part(cfg):
+    cfg.source = single("book.txt", LINES)
+    assert LINES.startswith("".join(record["text"] for record in training_records(cfg)))
 
 
 # ---- preparation
@@ -116,6 +258,106 @@ def killed_preparation(cfg):
     prepare_tokens(cfg, "train", EVERYTHING, load_tokenizer(cfg))
 
 
+class Stopped(BaseException):
+    """Stands for a signal."""
+
+
+@pytest.mark.parametrize("error", [UserError("the hub is gone"), Stopped()])
+def test_an_interrupted_preparation_saves_its_tokens(
+    cfg, tokenizer, small_shards, monkeypatch, error
+):
+    monkeypatch.setattr(text, "SHARD_TOKENS", EVERYTHING)
+    whole = token_stream(prepare_tokens(cfg, "train", EVERYTHING, tokenizer))
+    cfg.cache = "elsewhere"
+
+    def failing(*args):
+        yield from itertools.islice(documents(*args), 100)
+        raise error
+
+    documents = text.documents
+    monkeypatch.setattr(text, "documents", failing)
+    with pytest.raises(type(error)):
+        prepare_tokens(cfg, "train", EVERYTHING, tokenizer)
+    (folder,) = Path("elsewhere/tokens").glob("train-*")
+    assert manifest_of(folder)["records"] == 96
+    first = (folder / "00000.bin").read_bytes()
+    monkeypatch.setattr(text, "documents", documents)
+    resumed = token_stream(prepare_tokens(cfg, "train", EVERYTHING, tokenizer))
+    assert (folder / "00000.bin").read_bytes() == first
+    assert np.array_equal(resumed, whole)
+
+
+def test_leftovers_of_a_killed_preparation_are_removed(cfg, tokenizer):
+    folder = prepare_tokens(cfg, "train", 100, tokenizer)
+    (folder / "00001.bin.tmp").write_bytes(b"half")
+    prepare_tokens(cfg, "train", 100, tokenizer)
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.bin", "manifest.json"]
+
+
+PREPARE = """
+import time
+from data import text
+from data.tokenizer import load_tokenizer
+cfg = text.DataConfig(source="corpus.jsonl", tokenizer="bpe-300", val_fraction=0.2)
+text.BATCH_DOCUMENTS, text.SHARD_TOKENS = 4, 50
+tokenizer = load_tokenizer(cfg)
+print("ready", flush=True)
+input()
+print(text.Tokens(text.prepare_tokens(cfg, "train", 10**9, tokenizer)).sha256)
+"""
+
+
+def test_two_processes_prepare_the_same_data_at_once(cfg):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    options = pipes | {"env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    both = [subprocess.Popen([sys.executable, "-c", PREPARE], **options) for _ in range(2)]
+    for process in both:
+        while "ready" not in process.stdout.readline():
+            assert process.poll() is None
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert outputs[0] == outputs[1] == Tokens(*Path("cache/tokens").glob("train-*")).sha256
+
+
+def test_a_full_disk_names_the_file_and_preparation_continues(cfg, tokenizer):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write cache/.*00000.bin: .*; free disk space"):
+            prepare_tokens(cfg, "train", EVERYTHING, tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder = prepare_tokens(cfg, "train", EVERYTHING, tokenizer)
+    assert manifest_of(folder)["complete"]
+
+
+def test_tokens_do_not_depend_on_the_size_of_batches(cfg, tokenizer, monkeypatch):
+    whole = token_stream(prepare_tokens(cfg, "train", EVERYTHING, tokenizer))
+    monkeypatch.setattr(text, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(text, "ENCODE_CHARACTERS", 100)
+    cfg.cache = "elsewhere"
+    assert np.array_equal(token_stream(prepare_tokens(cfg, "train", EVERYTHING, tokenizer)), whole)
+
+
+def test_what_is_skipped_or_changed_is_printed_at_every_start(cfg, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(source, "PART_CHARACTERS", 300)
+    documents = [{"text": t} for t in [*sentences(300), "", "x\ud83d", "y" * 400, "z" * 700]]
+    Path("odd.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    cfg.source = "odd.jsonl"
+    for _ in range(2):
+        prepare_tokens(cfg, "train", EVERYTHING, tokenizer)
+        printed = capsys.readouterr().out
+        assert "train data: skipped 1 document without text" in printed
+        assert (
+            "train data: found U+FFFD (invalid characters) in 1 document, first in odd.jsonl\n"
+            in printed
+        )
+        assert "train data: split 2 documents longer than" in printed
+
+
 def test_killed_preparation_resumes_after_its_last_shard(cfg, tokenizer, small_shards):
     process = multiprocessing.get_context("spawn").Process(target=killed_preparation, args=(cfg,))
     process.start()
@@ -142,42 +384,68 @@ def test_a_changed_file_is_prepared_again(cfg, tokenizer):
     assert prepare_tokens(cfg, "train", 1000, tokenizer) != folder
 
 
-def test_an_endless_stream_is_read_only_as_far_as_needed(cfg, tokenizer, monkeypatch):
-    n_read = itertools.count()
+@pytest.fixture
+def hub(cfg, tokenizer, monkeypatch):
+    """Calls of hub_stream, which yields records without end for any dataset."""
 
-    def endless(*args):
-        return (
-            {"text": f"document {next(n_read)} of an endless stream"} for _ in itertools.count()
-        )
+    def hub_stream(*args):
+        calls.append(args)
+        yield from ({"text": f"document {i} of an endless stream"} for i in n_read)
 
-    monkeypatch.setattr("data.source.records", endless)
-    monkeypatch.setattr(text, "hub_revisions", lambda names: {})
-    cfg.source = "some/stream"
+    calls, n_read = [], itertools.count()
+    monkeypatch.setattr(source, "hub_stream", hub_stream)
+    monkeypatch.setattr(
+        text, "hub_revisions", lambda names, seconds: {name: f"sha of {name}" for name in names}
+    )
+    cfg.source, cfg.retry_seconds = "some/stream:part", 7.0
+    return calls, n_read
+
+
+def test_an_endless_stream_is_read_only_as_far_as_needed(cfg, tokenizer, hub):
     folder = prepare_tokens(cfg, "train", 20_000, tokenizer)
     assert 20_000 <= len(Tokens(folder)) < 30_000
-    assert next(n_read) < 2000
+    assert next(hub[1]) < 2000
+
+
+def test_a_hub_dataset_is_streamed_from_a_fixed_commit(cfg, tokenizer, hub, monkeypatch):
+    prepare_tokens(cfg, "train", 100, tokenizer)
+    monkeypatch.setattr(text, "hub_revisions", None)  # known from the first time
+    prepare_tokens(cfg, "train", 20_000, tokenizer)
+    assert hub[0] == [("some/stream:part", "sha of some/stream:part", 7.0)] * 2
+
+
+def test_a_prepared_hub_dataset_is_not_requested_again(cfg, tokenizer, hub, monkeypatch):
+    folder = prepare_tokens(cfg, "train", 100, tokenizer)
+    monkeypatch.setattr(text, "hub_revisions", None)
+    assert prepare_tokens(cfg, "train", 100, tokenizer) == folder
+    assert len(hub[0]) == 1
 
 
 # ---- kinds of sources
-def write_parquet(columns: dict) -> str:
-    datasets.Dataset.from_dict(columns).to_parquet("a.parquet")
-    return "a.parquet"
+@pytest.fixture
+def with_other_validation(cfg):
+    write_jsonl("other.jsonl", sentences(20, seed=1))
+    cfg.val_source = "other.jsonl"
 
 
-def write_txt() -> str:
+def write_txt() -> None:
     Path("more").mkdir()
     for i, document in enumerate(sentences(300)):
         Path(f"more/{i}.txt").write_text(document)
-    return "more"
 
 
+@pytest.mark.usefixtures("with_other_validation")
 def test_a_parquet_file_is_read_from_its_text_column(cfg, tokenizer):
-    cfg.source = write_parquet({"body": sentences(300), "n": list(range(300))})
-    cfg.text_column, cfg.val_source = "body", "corpus.jsonl"
+    table = pa.table({"body": sentences(300), "n": list(range(300))})
+    pq.write_table(table, "a.parquet")
+    write_jsonl("other.jsonl", sentences(20, seed=1))
+    Path("other.jsonl").write_text(Path("other.jsonl").read_text().replace('"text"', '"body"'))
+    cfg.source, cfg.text_column = "a.parquet", "body"
     folder = prepare_tokens(cfg, "train", EVERYTHING, tokenizer)
     assert sorted(split_documents(tokenizer, folder)) == sorted(sentences(300))
 
 
+@pytest.mark.usefixtures("with_other_validation")
 @pytest.mark.parametrize(
     "source, documents",
     [
@@ -188,19 +456,46 @@ def test_a_parquet_file_is_read_from_its_text_column(cfg, tokenizer):
 )
 def test_a_text_file_is_one_document(cfg, tokenizer, source, documents):
     write_txt()
-    cfg.source, cfg.val_source = source, "corpus.jsonl"
+    cfg.source = source
     folder = prepare_tokens(cfg, "train", EVERYTHING, tokenizer)
     assert sorted(split_documents(tokenizer, folder)) == sorted(documents)
     assert manifest_of(folder)["bytes"] == sum(len(document.encode()) for document in documents)
 
 
+@pytest.mark.usefixtures("with_other_validation")
 def test_ready_input_ids_are_used_as_they_are(cfg, tokenizer):
     ids = [tokenizer(document)["input_ids"] for document in sentences(300)]
-    cfg.source, cfg.val_source = write_parquet({"input_ids": ids}), "corpus.jsonl"
+    pq.write_table(pa.table({"input_ids": ids}), "a.parquet")
+    cfg.source = "a.parquet"
     folder = prepare_tokens(cfg, "train", EVERYTHING, tokenizer)
     assert sorted(token_stream(folder)) == sorted(itertools.chain(*ids))
     n_bytes = sum(len(document.encode()) for document in sentences(300))
     assert manifest_of(folder)["bytes"] == n_bytes
+
+
+@pytest.mark.parametrize("ids", [[5, 1.5], ["a"], [[1], [2]], [10**30]])
+def test_input_ids_that_are_no_integers_are_refused(cfg, tokenizer, ids):
+    Path("ids.jsonl").write_text(json.dumps({"input_ids": ids}))
+    cfg.source, cfg.val_source = "ids.jsonl", "corpus.jsonl"
+    with pytest.raises(UserError, match="ids.jsonl: column 'input_ids' does not hold lists of int"):
+        prepare_tokens(cfg, "train", 100, tokenizer)
+
+
+def test_special_tokens_in_a_text_are_ordinary_text(cfg, tokenizer):
+    write_jsonl("special.jsonl", [f"{i} <|endoftext|> is a token" for i in range(50)])
+    cfg.source = "special.jsonl"
+    ids = token_stream(prepare_tokens(cfg, "train", EVERYTHING, tokenizer))
+    n_documents = manifest_of(*Path("cache/tokens").glob("train-*"))["documents"]
+    assert (ids == tokenizer.eos_token_id).sum() == n_documents
+
+
+def test_encoding_keeps_ordinary_text_and_the_tokenizer_as_they_are(tokenizer):
+    before = tokenizer.backend_tokenizer.to_str()
+    ids = encode(tokenizer, ["<|endoftext|>", *sentences(20)])
+    assert tokenizer.decode(ids[0]) == "<|endoftext|>"
+    assert tokenizer.eos_token_id not in ids[0]
+    assert tokenizer.backend_tokenizer.to_str() == before
+    assert ids[1:] == [tokenizer(document)["input_ids"] for document in sentences(20)]
 
 
 def test_input_ids_beyond_the_tokenizer_are_refused(cfg, tokenizer):
@@ -208,39 +503,6 @@ def test_input_ids_beyond_the_tokenizer_are_refused(cfg, tokenizer):
     cfg.source, cfg.val_source = "ids.jsonl", "corpus.jsonl"
     with pytest.raises(UserError, match="range from 5 to 300, but the tokenizer has 300 entries"):
         prepare_tokens(cfg, "train", 100, tokenizer)
-
-
-@pytest.fixture
-def hub_calls(cfg, tokenizer, monkeypatch):
-    """Calls of datasets.load_dataset, which yields the corpus for any hub dataset."""
-
-    class Info:
-        def __init__(self, name):
-            self.sha = f"sha of {name}"
-
-    def load_dataset(*args, **kwargs):
-        calls.append((args, kwargs))
-        return corpus
-
-    calls = []
-    corpus = datasets.load_dataset("json", data_files="corpus.jsonl", split="train", streaming=True)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name: Info(name))
-    cfg.source = "some/set:part"
-    return calls
-
-
-def test_a_hub_dataset_is_streamed_from_a_fixed_commit(cfg, tokenizer, hub_calls):
-    prepare_tokens(cfg, "train", 100, tokenizer)
-    expected = {"split": "train", "streaming": True, "revision": "sha of some/set"}
-    assert hub_calls == [(("some/set", "part"), expected)]
-
-
-def test_a_prepared_hub_dataset_is_not_requested_again(cfg, tokenizer, hub_calls, monkeypatch):
-    folder = prepare_tokens(cfg, "train", 100, tokenizer)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", None)
-    assert prepare_tokens(cfg, "train", 100, tokenizer) == folder
-    assert len(hub_calls) == 1
 
 
 # ---- tokens
@@ -303,17 +565,29 @@ def test_settings_out_of_range_are_refused(setting):
 def test_a_source_of_blank_documents_is_refused(cfg, tokenizer):
     Path("blank.jsonl").write_text('{"text": "  "}\n{"text": null}\n')
     cfg.source, cfg.val_source = "blank.jsonl", "corpus.jsonl"
-    message = "none of the 0 documents in data source blank.jsonl is in the train split; pass a"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="blank.jsonl has no text in column 'text'"):
+        prepare_tokens(cfg, "train", 100, tokenizer)
+
+
+@pytest.mark.parametrize("n", [2, 3, 9])
+@pytest.mark.parametrize("fraction, split", [(1e-9, "val"), (1 - 1e-9, "train")])
+def test_a_split_without_documents_names_a_fraction_that_works(cfg, tokenizer, n, fraction, split):
+    write_jsonl("few.jsonl", sentences(n))
+    cfg.source, cfg.val_fraction = "few.jsonl", fraction
+    message = rf"none of the {n} documents in .* few.jsonl is in the {split} split"
+    with pytest.raises(UserError, match=message) as error:
+        Tokens(prepare_tokens(cfg, split, 100, tokenizer))
+    advice = str(error.value).split("--data.val_fraction ")[1].split(",")[0]
+    assert len(advice) < 8  # as few digits as possible
+    cfg.val_fraction = float(advice)
+    for name in ("train", "val"):
+        assert len(Tokens(prepare_tokens(cfg, name, 100, tokenizer))) > 0
+
+
+def test_training_text_that_is_all_in_the_validation_source_is_refused(cfg, tokenizer):
+    cfg.val_source = "corpus.jsonl"
+    with pytest.raises(UserError, match="300 documents .* all are in --data.val_source too"):
         Tokens(prepare_tokens(cfg, "train", 100, tokenizer))
-
-
-def test_too_few_documents_for_validation_names_the_fraction_to_raise(cfg, tokenizer):
-    write_jsonl("three.jsonl", sentences(3))
-    cfg.source, cfg.val_fraction = "three.jsonl", 0.001
-    message = "none of the 3 documents in .* three.jsonl is in the val split; .*--data.val_fraction"
-    with pytest.raises(UserError, match=message):
-        Tokens(prepare_tokens(cfg, "val", 100, tokenizer))
 
 
 def flip_bit(folder: Path) -> None:
@@ -336,18 +610,52 @@ def test_a_damaged_shard_is_named_with_the_folder_to_delete(cfg, tokenizer, dama
         Tokens(folder)
 
 
-@pytest.mark.parametrize("content", ['{"tokens": 5', '{"tokens": 5, "shards": []}', "[]"])
-def test_a_damaged_manifest_is_named_with_the_folder_to_delete(cfg, tokenizer, content):
+def swap_shards(folder: Path) -> None:
+    (folder / "00000.bin").rename(folder / "x")
+    (folder / "00001.bin").rename(folder / "00000.bin")
+    (folder / "x").rename(folder / "00001.bin")
+
+
+def test_swapped_shards_are_refused(cfg, tokenizer, small_shards):
+    folder = prepare_tokens(cfg, "train", 3000, tokenizer)
+    swap_shards(folder)
+    with pytest.raises(UserError, match=r"00000.bin is damaged"):
+        Tokens(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda manifest: manifest[:9],
+        lambda manifest: "[]",
+        lambda manifest: "{}",
+        lambda manifest: manifest.replace('"documents": ', '"documents": 1'),
+        lambda manifest: manifest.replace('"train"', '"val"'),
+    ],
+)
+def test_a_damaged_manifest_is_refused_and_the_remedy_works(cfg, tokenizer, damage):
     folder = prepare_tokens(cfg, "train", 1000, tokenizer)
-    (folder / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match="manifest.json is damaged; delete cache/tokens/train"):
+    before, path = token_stream(folder), folder / "manifest.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError, match=f"manifest.json is damaged; delete {folder} to prepare"):
         prepare_tokens(cfg, "train", 1000, tokenizer)
+    shutil.rmtree(folder)
+    assert np.array_equal(token_stream(prepare_tokens(cfg, "train", 1000, tokenizer)), before)
+
+
+def test_a_prepared_folder_under_another_name_is_refused(cfg, tokenizer):
+    train = prepare_tokens(cfg, "train", 1000, tokenizer)
+    val = prepare_tokens(cfg, "val", 1000, tokenizer)
+    shutil.rmtree(val)
+    train.rename(val)
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        prepare_tokens(cfg, "val", 1000, tokenizer)
 
 
 def test_a_built_in_source_is_not_looked_up_on_the_hub(cfg, monkeypatch):
     tokenizer, asked = load_tokenizer(cfg), []
     monkeypatch.setitem(text.BUILT_IN, "mine", lambda: iter(["one text", " ", "another text"]))
-    monkeypatch.setattr(text, "hub_revisions", lambda names: asked.extend(names) or {})
+    monkeypatch.setattr(text, "hub_revisions", lambda names, seconds: asked.extend(names) or {})
     cfg.source, cfg.val_source = "mine", "corpus.jsonl"
     tokens = Tokens(prepare_tokens(cfg, "train", 10**9, tokenizer))
     assert asked == []
