@@ -10,6 +10,7 @@ Without NAME the newest run is used.
 
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,9 @@ from sampling import (
     resolve_sampling,
 )
 
+MAX_N = 10_000
+MAX_PROMPT = 10_000_000  # characters; more than any context holds
+
 
 @dataclass
 class Config:
@@ -42,7 +46,7 @@ class Config:
     kind: Literal["auto", "text", "image"] = "auto"
     """What to generate. auto: images if the run can generate them, otherwise text."""
     n: int = 1
-    """Number of continuations or images."""
+    """Number of continuations or images, at most 10,000."""
     max_tokens: int = 200
     """Maximum length of a continuation in tokens; generation also stops when prompt and
     continuation reach the model's seq_len."""
@@ -71,33 +75,48 @@ class Config:
 
 def read_prompt(prompt: str | None) -> str:
     """The prompt, or the contents of FILE:path or of standard input. Raises UserError."""
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise UserError("there is no prompt; pass --prompt TEXT, --prompt FILE:path or pipe it")
-        return sys.stdin.read().rstrip("\n")
-    if not prompt.startswith("FILE:"):
-        return prompt
+    place = "--prompt"
     try:
-        return Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8").rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt {prompt} cannot be read: {error}; check the path") from error
+        if prompt is None:
+            place = "the prompt from standard input"
+            if sys.stdin is None or sys.stdin.isatty():
+                raise UserError(
+                    "there is no prompt; pass --prompt TEXT, --prompt FILE:path or pipe it"
+                )
+            prompt = sys.stdin.read(MAX_PROMPT + 1).rstrip("\n")
+        elif prompt.startswith("FILE:"):
+            place, path = f"--prompt {prompt}", Path(prompt.removeprefix("FILE:"))
+            if path.exists() and not path.is_file():
+                raise UserError(f"{place} is not a file; pass a file of text")
+            with path.open(encoding="utf-8") as file:
+                prompt = file.read(MAX_PROMPT + 1).rstrip("\n")
+        prompt.encode()  # an argument or a pipe may hold bytes that are not UTF-8
+    except (OSError, ValueError) as error:
+        remedy = "check the path" if isinstance(error, OSError) else "pass text in UTF-8"
+        raise UserError(f"{place} cannot be read: {error}; {remedy}") from error
+    if len(prompt) > MAX_PROMPT:
+        raise UserError(f"{place} has more than {MAX_PROMPT:,} characters; shorten it")
+    return prompt
 
 
 def image_path(cfg: Config, run: Path, prompt: str) -> Path:
-    """The PNG file to write, tested for writing. Raises UserError."""
+    """The PNG file to write, in a folder tested for writing. Raises UserError."""
     name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
+    name = name.encode()[:200].decode(errors="ignore")  # file systems allow 255 bytes
     default = run / "generated" / f"{name or 'image'}-{cfg.seed}.png"
     path = Path(cfg.out) if cfg.out else default
     if path.suffix != ".png":
         raise UserError(f"--out {path} is not a .png file; end its name in .png")
+    folder = path.parent if cfg.n == 1 else path.with_suffix("")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
+        if path.exists() and not path.is_file():
+            raise UserError(f"--out {path} exists and is not a file; choose another path")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise UserError(
-            f"--out {path} cannot be written: {error.strerror}; choose another path"
-        ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {path} cannot be written: {reason}; choose another path") from error
     return path
 
 
@@ -125,7 +144,6 @@ def save_images(cfg: Config, loaded: LoadedRun, prompt: str) -> Path:
         for key, value in values.items():
             metadata.add_itxt(key, str(value))
         file = path if cfg.n == 1 else path.with_suffix("") / f"{seed}.png"
-        file.parent.mkdir(exist_ok=True)
         image_grid(pixels[None], 1, gap=0).save(file, pnginfo=metadata)
     if cfg.n > 1:
         image_grid(images, min(cfg.n, 8), heading=prompt).save(path)
@@ -135,6 +153,8 @@ def save_images(cfg: Config, loaded: LoadedRun, prompt: str) -> Path:
 def main(cfg: Config) -> list[str] | Path:
     """Print and return continuations, or write images and return the file. Raises UserError."""
     check_positive(cfg, "n", "max_tokens")
+    if cfg.n > MAX_N:
+        raise UserError(f"--n is {cfg.n}; it must be at most {MAX_N}")
     prompt = read_prompt(cfg.prompt)
     loaded = load_run(cfg.run, cfg)
     makes_images = loaded.vqvae is not None

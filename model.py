@@ -71,6 +71,11 @@ class ModelConfig:
     the next token is an image token; 0 for text-only models."""
 
     def __post_init__(self):
+        if self.vocab_size > 65_536:
+            raise ValueError(
+                f"model.vocab_size is {self.vocab_size}; it must be at most 65536 to fit the "
+                "uint16 token files"
+            )
         can_be_zero = ("subwords", "value_embed", "canon", "n_image_positions")
         for name, value in vars(self).items():
             if value < 0 or (value == 0 and name not in can_be_zero):
@@ -78,6 +83,11 @@ class ModelConfig:
                     f"model.{name} is {value}; "
                     f"it must be {'0 or more' if name in can_be_zero else 'positive'}"
                 )
+            limit = 1000 if name == "n_layers" else 2**20  # above, it would hang or overflow
+            if name != "rope_theta" and value > limit:
+                raise ValueError(f"model.{name} is {value}; it must be at most {limit}")
+        if not self.rope_theta >= 1:  # nan compares as false
+            raise ValueError(f"model.rope_theta is {self.rope_theta}; it must be at least 1")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
                 f"model.d_model {self.d_model} does not split into {self.n_heads} heads of even "
@@ -91,11 +101,6 @@ class ModelConfig:
         if self.canon >= self.seq_len:
             raise ValueError(
                 f"model.canon is {self.canon}; it must be less than model.seq_len {self.seq_len}"
-            )
-        if self.vocab_size > 65_536:
-            raise ValueError(
-                f"model.vocab_size is {self.vocab_size}; it must be at most 65536 to fit the "
-                "uint16 token files"
             )
 
     @property
@@ -458,7 +463,7 @@ def sample(
         top_p: keep the smallest set of tokens whose probabilities sum to p (arXiv 1904.09751);
             1 keeps all.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # the logits would overflow, and the result is the same
         return logits.argmax(-1)  # (B,)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -467,7 +472,8 @@ def sample(
     probs = logits.softmax(-1)
     if top_p < 1:
         sorted_probs, order = probs.sort(-1, descending=True)
-        outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the first token always stays
+        outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p
+        outside[:, 0] = False  # the first token always stays, even if top_p rounds to 0
         probs = probs.masked_fill(outside.scatter(1, order, outside), 0)
     mass = probs.double().cumsum(-1)  # fp64: fp32 sums lose the rare tokens of a large vocabulary
     return (mass <= uniforms[:, None] * mass[:, -1:]).sum(-1)  # (B,)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import UserError
-from data.text import end_of_text
+from data.text import encode, end_of_text
 from model import Llama, ModelConfig
 from vqvae import VQVAEConfig
 
@@ -52,8 +52,8 @@ class ImageTextFormat:
             )
 
     def text_tokens(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        """Ids of a text; special tokens in it are ordinary text."""
+        return encode(self.tokenizer, [text])[0]
 
     def prompt(self, caption: str, truncate: bool = False) -> list[int]:
         """[BOS] caption <seg_start>. Raises UserError if it is empty, or too long to fit."""

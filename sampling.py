@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import transformers
@@ -13,8 +14,10 @@ from tqdm import tqdm
 
 from common.config import UserError, build_from_saved, check_not_negative
 from common.device import resolve_device
-from common.run import find_run, load_checkpoint, write_text
-from data.text import end_of_text
+from common.run import file_sha256, find_run, load_checkpoint, write_text
+from data.files import first_line
+from data.source import digest
+from data.text import encode, end_of_text
 from model import KVCache, Llama, ModelConfig, sample
 from multimodal import ImageTextFormat
 from vqvae import VQVAE, VQVAEConfig
@@ -45,16 +48,43 @@ def load_run(name: str, cfg) -> LoadedRun:
             f"or of train_multimodal.py --vqvae {run.name}"
         )
     device = resolve_device(cfg)
-    shape = build_from_saved(ModelConfig, config["model"], run)
+    shape = build_from_saved(ModelConfig, config.get("model"), run)
     model = Llama(shape, compute_dtype=getattr(torch, cfg.dtype))
-    load_checkpoint(checkpoint, model)
+    state = load_checkpoint(checkpoint, model)
     model = model.fold_subwords().to(device).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "tokenizer")
+    tokenizer = saved_tokenizer(run, state)
     loaded = LoadedRun(run, config, model, tokenizer)
     if config["stage"] == "multimodal":
         loaded.vqvae = load_vqvae(str(run / "vqvae"), device, model.compute_dtype)
+        weights = find_run(str(run / "vqvae"))[1] / "model.safetensors"
+        if file_sha256(weights) != state["inputs"].get("vqvae"):
+            raise UserError(
+                f"{run / 'vqvae'} is not the VQ-VAE that {run} was trained with; restore the "
+                "folder as it was saved, or train again under another --run"
+            )
         loaded.format = ImageTextFormat(tokenizer, loaded.vqvae.config, model.config)
     return loaded
+
+
+def saved_tokenizer(run: Path, state: dict):
+    """The tokenizer that a run keeps; `state` is that of one of its checkpoints.
+
+    Raises UserError if it is missing, damaged or not the one of the checkpoint.
+    """
+    folder = run / "tokenizer"
+    remedy = "restore the folder as it was saved, or train again under another --run"
+    try:
+        if not folder.is_dir():
+            raise FileNotFoundError("there is no such folder")
+        options = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        found = digest(tokenizer.backend_tokenizer.to_str())
+        expected = state.get("inputs", {}).get("tokenizer")
+    except Exception as error:  # the parsers raise many exception types
+        raise UserError(f"{folder} is damaged ({first_line(error)}); {remedy}") from error
+    if found != expected or end_of_text(tokenizer) is None:
+        raise UserError(f"{folder} is not the tokenizer that {run} was trained with; {remedy}")
+    return tokenizer
 
 
 def load_vqvae(name: str, device: torch.device, dtype: torch.dtype) -> VQVAE:
@@ -62,12 +92,23 @@ def load_vqvae(name: str, device: torch.device, dtype: torch.dtype) -> VQVAE:
     run, checkpoint, config = find_run(name)
     if config["stage"] != "vqvae":
         raise UserError(f"{run} is not a train_vqvae.py run; pass one with --vqvae")
-    vqvae = VQVAE(build_from_saved(VQVAEConfig, config["model"], run), compute_dtype=dtype)
+    vqvae = VQVAE(build_from_saved(VQVAEConfig, config.get("model"), run), compute_dtype=dtype)
     load_checkpoint(checkpoint, vqvae)
     return vqvae.to(device).eval().requires_grad_(False)
 
 
 # ---- text
+def prompt_ids(tokenizer, prompt: str, seq_len: int) -> list[int]:
+    """End-of-text and the ids of a prompt. Raises UserError if they do not fit the context."""
+    ids = [end_of_text(tokenizer), *encode(tokenizer, [prompt])[0]]
+    if len(ids) > seq_len:
+        raise UserError(
+            f"the prompt {shorten(prompt, 40)!r} has {len(ids)} tokens, but the model's context is "
+            f"{seq_len}; shorten it"
+        )
+    return ids
+
+
 def generate_text(
     model: Llama,
     tokenizer,
@@ -86,12 +127,7 @@ def generate_text(
     Prompt and first continuation are streamed to the file `out`. Only complete characters are
     written; bytes that do not form one are dropped. Raises UserError if the prompt is too long.
     """
-    eot, seq_len = end_of_text(tokenizer), model.config.seq_len
-    ids = [eot, *tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]]
-    if len(ids) > seq_len:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens, but the model's context is {seq_len}; shorten it"
-        )
+    eot, ids = end_of_text(tokenizer), prompt_ids(tokenizer, prompt, model.config.seq_len)
     if out:
         print(prompt, end="", flush=True, file=out)
     device = model.embed.weight.device
@@ -239,10 +275,16 @@ def equal_length_batches(prompts: list[list[int]], batch: int) -> list[list[int]
 def resolve_sampling(cfg, loaded: LoadedRun) -> None:
     """Replace `auto` in the settings for images by the run's own values. Raises UserError."""
     for name in ("guidance", "temperature", "top_p"):
-        if getattr(cfg, name) == "auto":
-            setattr(cfg, name, loaded.config[name])
+        if getattr(cfg, name) != "auto":
+            continue
+        value = loaded.config.get(name)
+        if not isinstance(value, int | float):
+            raise UserError(
+                f"{loaded.run}/config.yaml sets {name} to {value!r}, not a number; pass --{name}"
+            )
+        setattr(cfg, name, value)
     check_sampling(cfg)
-    check_not_negative(cfg, "guidance")
+    check_guidance(cfg)
 
 
 def check_sampling(cfg) -> None:
@@ -250,3 +292,10 @@ def check_sampling(cfg) -> None:
     check_not_negative(cfg, "temperature", "top_k")
     if not 0 < cfg.top_p <= 1:
         raise UserError(f"--top_p is {cfg.top_p}; it must be above 0 and at most 1")
+
+
+def check_guidance(cfg) -> None:
+    """Raises UserError for a scale of guidance that is negative or makes logits overflow."""
+    check_not_negative(cfg, "guidance")
+    if cfg.guidance > 1000:
+        raise UserError(f"--guidance is {cfg.guidance}; it must be at most 1000")

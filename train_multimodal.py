@@ -61,7 +61,7 @@ from data.text import DataConfig, Tokens, prepare_tokens
 from model import Llama, ModelConfig
 from multimodal import ImageTextFormat, image_text_losses, plain_text_loss
 from muon import build_optimizers
-from sampling import generate_images, load_vqvae, saved_tokenizer
+from sampling import check_guidance, generate_images, load_vqvae, saved_tokenizer
 from vqvae import VQVAE
 
 
@@ -155,7 +155,8 @@ def resolve_recipe(cfg: Config) -> tuple[int, int]:
     Raises UserError.
     """
     check_positive(cfg, "muon_lr", "adamw_lr", "eval_sequences", "top_p")
-    check_not_negative(cfg, "caption_weight", "sample_n", "guidance", "temperature")
+    check_not_negative(cfg, "caption_weight", "sample_n", "temperature")
+    check_guidance(cfg)
     check_fractions(cfg, "top_p", "text_frac", "caption_dropout", "adamw_beta2", "lr_floor")
     steps = resolve_steps(cfg, "sequences", "batch_sequences")
     n_text = round(cfg.text_frac * cfg.batch_sequences)
@@ -276,7 +277,10 @@ def write_image_samples(
 def load_text(cfg: Config, tokenizer, n_windows: int) -> Tokens:
     """Plain text for n_windows sequences of seq_len tokens. Raises UserError."""
     text_config = DataConfig(
-        source=cfg.text_source, tokenizer=cfg.data.tokenizer, cache=cfg.data.cache
+        source=cfg.text_source,
+        tokenizer=cfg.data.tokenizer,
+        cache=cfg.data.cache,
+        retry_seconds=cfg.data.retry_seconds,
     )
     needed = n_windows * cfg.model.seq_len + 1
     text = Tokens(prepare_tokens(text_config, "train", needed, tokenizer), limit=needed)

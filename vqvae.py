@@ -42,23 +42,31 @@ class VQVAEConfig:
     depends on its own patch only: slightly less accurate than 3, but easier to predict."""
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if value <= 0:
-                raise ValueError(f"model.{name} is {value}; it must be positive")
-        if self.image_size % self.downsample:
-            raise ValueError(
-                f"model.image_size {self.image_size} is not divisible by model.downsample "
-                f"{self.downsample}; set it to "
-                f"{max(1, self.image_size // self.downsample) * self.downsample}"
-            )
-        if self.code_dim < 3:
-            raise ValueError(
-                f"model.code_dim is {self.code_dim}; it must be at least 3, one per color channel"
-            )
         if self.codebook_size > 65_535:
             raise ValueError(
                 f"model.codebook_size is {self.codebook_size}; it must be at most 65535 to fit the "
                 "uint16 token cache"
+            )
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"model.{name} is {value}; it must be positive")
+            limit = {"image_size": 4096, "n_blocks": 1000}.get(name, 65_536)
+            if value > limit:  # it would hang or overflow
+                raise ValueError(f"model.{name} is {value}; it must be at most {limit}")
+        if self.image_size < 11:
+            raise ValueError(
+                f"model.image_size is {self.image_size}; it must be at least 11, the window of SSIM"
+            )
+        if self.image_size % self.downsample:
+            below = self.image_size // self.downsample * self.downsample
+            remedy = below if below >= 11 else below + self.downsample
+            raise ValueError(
+                f"model.image_size {self.image_size} is not divisible by model.downsample "
+                f"{self.downsample}; set it to {remedy}"
+            )
+        if self.code_dim < 3:
+            raise ValueError(
+                f"model.code_dim is {self.code_dim}; it must be at least 3, one per color channel"
             )
         if self.encoder_kernel % 2 == 0:
             raise ValueError(f"model.encoder_kernel is {self.encoder_kernel}; it must be odd")

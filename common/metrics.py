@@ -3,12 +3,13 @@
 import ast
 import hashlib
 import inspect
+import io
 import json
 import os
 import secrets
 import sys
 import textwrap
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -172,10 +173,17 @@ def check_wandb(cfg) -> None:
         return
     import wandb
 
-    if wandb.setup().settings._offline or wandb.api.api_key:
+    if wandb.setup().settings.mode in ("offline", "disabled"):
         return
+    reason = "there is no API key"
+    try:
+        with redirect_stderr(io.StringIO()):  # it would add lines of its own
+            if wandb.login(prompt=False):
+                return
+    except Exception as error:  # wandb raises many exception types
+        reason = str(error).splitlines()[0]
     raise UserError(
-        "--wandb is set, but there is no API key; run `wandb login`, set WANDB_API_KEY, or set "
+        f"--wandb is set, but {reason}; run `wandb login`, set WANDB_API_KEY, or set "
         "WANDB_MODE=offline to log into the run folder"
     )
 

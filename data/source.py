@@ -367,6 +367,8 @@ def pattern(files: list[Path]) -> str:
 def local_files(source: str) -> LocalFiles:
     """Files of a folder, path or glob; none if `source` names a hub dataset. Raises UserError."""
     path = Path(source).expanduser()
+    if not source:
+        raise UserError("data source '' is empty; set --data.source")
     if path.is_dir():
         return folder_files(source, path)
     files = [path] if path.exists() else sorted(map(Path, glob(str(path), recursive=True)))

@@ -69,7 +69,7 @@ class DataConfig:
     test, only train is read."""
     val_source: str | dict[str, float] | None = None
     """Validation text, in the same formats as data.source, where documents with the same text are
-    then excluded. null: hold out a fraction of the documents of data.source
+    then excluded. null, or the same as data.source: hold out a fraction of its documents
     (data.val_fraction)."""
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
     """Tokenizer: a hub name, a local folder, or bpe-N for a byte-level BPE with N entries (257 to
@@ -95,6 +95,8 @@ class DataConfig:
             )
         if self.val_tokens <= 0:
             raise ValueError(f"--data.val_tokens is {self.val_tokens}; it must be positive")
+        if self.val_source == self.source:  # validation must not be trained on
+            self.val_source = None
 
 
 # ---- documents

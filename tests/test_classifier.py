@@ -105,7 +105,7 @@ def test_second_load_reads_the_saved_classifier(tmp_path):
 def test_other_images_or_recipe_train_another_classifier(tmp_path, change):
     load(tmp_path)
     assert load(tmp_path, **change)[1] == change.get("epochs", 2)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("classifier-*"))) == 2
 
 
 def test_loading_rejects_a_damaged_classifier(tmp_path):

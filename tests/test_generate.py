@@ -100,6 +100,36 @@ def test_prompt_longer_than_the_context_is_refused():
         text_of("a", "--prompt", "q" * 32)
 
 
+def test_special_tokens_in_a_prompt_are_ordinary_text(monkeypatch):
+    loaded, prompts = load("a"), []
+    stub_generation(loaded.model, [])
+    generate_stub = loaded.model.generate
+    loaded.model.generate = lambda prompt, *args, **options: (
+        prompts.append(prompt[0].tolist()) or generate_stub(prompt, *args, **options)
+    )
+    end = loaded.tokenizer.eos_token
+    settings = {"seed": 0, "max_tokens": 9, "temperature": 1}
+    generate_text(loaded.model, loaded.tokenizer, f"a{end}b", 1, **settings)
+    assert prompts[0].count(loaded.tokenizer.eos_token_id) == 1  # only the one in front
+    assert loaded.tokenizer.decode(prompts[0][1:]) == f"a{end}b"
+
+
+# ---- files
+@pytest.mark.parametrize("prompt", ["漢" * 300, "🐸" * 300, "x" * 300, "a\0b", "../../x"])
+def test_the_default_file_of_an_image_is_below_the_run_and_has_a_valid_name(tmp_path, prompt):
+    cfg = load_config(generate.Config, ["a", "--seed", str(2**62)])
+    path = generate.image_path(cfg, tmp_path, prompt)
+    assert path.parent == tmp_path / "generated"
+    path.write_bytes(b"")  # raises for a name that the file system refuses
+
+
+@pytest.mark.parametrize("n", ["1", "2"])
+def test_the_test_for_writing_an_image_leaves_no_file(tmp_path, n):
+    cfg = load_config(generate.Config, ["a", "--n", n, "--out", str(tmp_path / "new/x.png")])
+    generate.image_path(cfg, tmp_path, "x")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 # ---- decoding
 def stub_generation(model, rows: list[list[int]]) -> None:
     """Let the model generate these tokens, one row per position."""

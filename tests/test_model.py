@@ -403,6 +403,8 @@ UNIFORMS = torch.arange(1000) / 1000  # starts at 0, which must not select a rem
         ({"top_k": 2}, {1, 2}),
         ({"top_k": 9}, {0, 1, 2, 3}),
         ({"top_p": 1e-9}, {1}),
+        ({"top_p": 1e-320}, {1}),
+        ({"temperature": 1e-320}, {1}),
         ({"top_p": 0.8}, {1, 2}),
     ],
     ids=str,

@@ -33,8 +33,8 @@ class Letters:
     def __len__(self):
         return 27
 
-    def __call__(self, text, **_):
-        return {"input_ids": [ord(letter) - 96 for letter in text]}
+    def __call__(self, texts, **_):
+        return {"input_ids": [[ord(letter) - 96 for letter in text] for text in texts]}
 
 
 @pytest.fixture(scope="module")

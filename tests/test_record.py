@@ -1,13 +1,15 @@
 import importlib.util
 import json
+import os
 import random
 import shutil
 import subprocess
+from datetime import date
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, flags
+from helpers import ROOT, flags, script
 
 import train_llm
 from common.config import UserError, to_plain
@@ -371,7 +373,9 @@ def test_data_hashes_depend_on_the_data(hashes, changes, key):
         (["trials", "--run", "a", "--seed", "3"], "omit --seed and --resume"),
         (["trials", "--run", "a", "--seeds", "0"], "--seeds is 0"),
         (["trials", "--run", "a", "--sedes", "3"], "did you mean --seeds"),
-        (["check", "all"], "check takes no arguments; omit 'all'"),
+        (["check", "none"], "cannot read none/docs (No such file or directory)"),
+        (["check", ".", ".."], "check does not take '..'; omit it"),
+        (["publish", "all"], "publish does not take 'all'; omit it"),
         (["compare"], "both sides of `--`"),
         (["compare", "a", "b"], "both sides of `--`"),
         (["compare", "a", "--"], "both sides of `--`"),
@@ -754,6 +758,190 @@ FORGERIES = {
 def test_check_finds_a_forgery(copied, problem):
     FORGERIES[problem]()
     assert problem in problems()
+
+
+# ---- checkouts of strangers
+TRAPS = {  # files that would leave a trace if anything of the checkout ran
+    "conftest.py": "",
+    "sitecustomize.py": "",
+    "usercustomize.py": "",
+    "train_llm.py": "",
+    "yaml.py": "",
+    "tools/__init__.py": "",
+    "tools/record.py": "",
+    "tools/leaderboard.py": "",
+    "common/config.py": "",
+    "docs/records/__init__.py": "",
+    ".git/hooks/post-checkout": "#!/bin/sh\ntouch {trace}\n",
+    ".gitattributes": "* diff=trap filter=trap\n",
+    ".git/config": '[diff "trap"]\n\ttextconv = touch {trace}\n[core]\n\tfsmonitor = touch {trace}',
+    "matplotlibrc": "backend: module://trap",
+    "trap.py": "",
+}
+
+
+@pytest.fixture
+def stranger(copied_template, tmp_path, monkeypatch):
+    """The checkout of a pull request with traps in it, seen from another checkout; the trace."""
+    folder, trace = tmp_path / "stranger[1]", tmp_path / "trace"
+    shutil.copytree(copied_template / "docs", folder / "docs")
+    for name, text in TRAPS.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        default = f"open({str(trace)!r}, 'w').close()\n"
+        path.write_text(text.replace("{trace}", str(trace)) or default)
+        path.chmod(0o755)
+    shutil.copytree(ROOT / "docs", tmp_path / "mine/docs")
+    monkeypatch.chdir(tmp_path / "mine")
+    return folder, trace
+
+
+def test_check_runs_nothing_of_another_checkout(stranger):
+    folder, trace = stranger
+    done = script("-m", "tools.record", "check", str(folder), cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "1 records are valid\n"), done.stderr
+    assert not trace.exists()
+
+
+def test_the_traps_work(stranger):
+    folder, trace = stranger
+    script("-m", "tools.record", "check", cwd=folder)
+    assert trace.exists()
+
+
+def test_check_of_another_checkout_uses_the_evaluations_accepted_here(stranger):
+    folder, _ = stranger
+    Path("docs/records/evaluations.json").write_text('{"0": "none"}')
+    with pytest.raises(UserError, match="the evaluation is fixed"):
+        record.main(["check", str(folder)])
+
+
+def record_in(checkout: Path) -> Path:
+    (folder,) = checkout.glob("docs/records/*-cooler")
+    return folder
+
+
+def link_out(checkout: Path) -> None:
+    """Replace a trial by a link to the same files outside of the record."""
+    trial = record_in(checkout) / "trials/seed0"
+    trial.rename(checkout / "outside")
+    trial.symlink_to(checkout / "outside")
+
+
+def link_record(checkout: Path) -> None:
+    record_in(checkout).rename(checkout / "outside")
+    (checkout / "docs/records/2026-01-01-cooler").symlink_to(checkout / "outside")
+
+
+def link_file(checkout: Path) -> None:
+    path = record_in(checkout) / "diff.patch"
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+
+
+def link_docs(checkout: Path) -> None:
+    (checkout / "docs").rename(checkout / "outside")
+    (checkout / "docs").symlink_to(checkout / "outside")
+
+
+def link_image(checkout: Path) -> None:
+    (checkout / "docs/images/x.png").symlink_to("/dev/zero")
+
+
+def pipe(checkout: Path) -> None:
+    os.mkfifo(record_in(checkout) / "trials/seed0/notes")
+
+
+def rewrite(path: str, data: bytes):
+    """A function that overwrites a file of the record in a checkout."""
+    return lambda checkout: (record_in(checkout) / path).write_bytes(data)
+
+
+def change_in(path: str, **changes):
+    """A function that changes entries of a JSON file of the record in a checkout."""
+    return lambda checkout: edit(record_in(checkout) / path, **changes)
+
+
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i},' * 9}]\n" for i in range(9))
+HOSTILE = {
+    "a link to a folder outside": (link_out, "neither a folder nor a plain file"),
+    "a record that is a link": (link_record, "neither a folder nor a plain file"),
+    "a link to a system file": (link_file, "neither a folder nor a plain file"),
+    "docs that are a link": (link_docs, "neither a folder nor a plain file"),
+    "an image that is a link": (link_image, "neither a folder nor a plain file"),
+    "a pipe": (pipe, "neither a folder nor a plain file"),
+    "a huge file": (rewrite("diff.patch", b"x" * 1_000_001), "more than 1,000,000 bytes"),
+    "a patch that is no text": (rewrite("diff.patch", bytes(range(256))), "files.diff.patch"),
+    "a baseline outside": (
+        change_in("record.json", baseline_from="../../.."),
+        "refers to ../../..",
+    ),
+    "an absolute baseline": (change_in("record.json", baseline_from="/etc"), "refers to /etc"),
+    "seeds in halves": (rewrite("trials/seed0/trials.json", b'{"seeds": 5.5}'), "seeds must be"),
+    "nested JSON": (rewrite("record.json", b"[" * 100_000), "is not a record"),
+    "JSON that is a list": (rewrite("record.json", b"[]"), "is not a record"),
+    "a note with terminal codes": (change_in("record.json", note="\x1b[2J"), "one line of text"),
+    "a note with a line break": (change_in("record.json", note="a\nb"), "one line of text"),
+    "nested settings": (rewrite("trials/seed0/config.yaml", b"[" * 10_000), "seed0 is damaged"),
+    "settings that grow": (rewrite("trials/seed0/config.yaml", LAUGHS.encode()), "has an alias"),
+    "settings that run code": (
+        rewrite("trials/seed0/config.yaml", b"a: !!python/object/apply:os.abort []"),
+        "seed0 is damaged",
+    ),
+    "metrics that are a list": (rewrite("trials/seed0/metrics.jsonl", b"[]\n[]\n"), "seed0"),
+    "a number that is a list": (change_in("trials/seed0/summary.json", params=[]), "params []"),
+    "a number that is true": (change_in("trials/seed0/summary.json", steps=True), "steps True"),
+    "a number without end": (change_in("trials/seed0/summary.json", val_loss=1e300), "1e+300"),
+    "seeds without end": (rewrite("trials/seed0/trials.json", b'{"seeds": 1e14}'), "seeds must be"),
+    "a commit that is an option": (
+        change_in("trials/seed0/summary.json", commit="--output=x"),
+        "commit '--output=x'",
+    ),
+    "a command that is two": (
+        change_in("trials/seed0/env.json", command=["a.py; reboot"]),
+        "command ['a.py; reboot']",
+    ),
+    "a device with terminal codes": (
+        change_in("trials/seed0/summary.json", device="\x1b[2J"),
+        "differ in machine: \\x1b[2J",
+    ),
+    "two versions of the code": (
+        change_in("trials/seed0/summary.json", code=[{"commit": "a"}, {"commit": "b"}]),
+        "seed0 was trained by 2 versions of the code",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_records_are_refused_in_printable_lines(stranger, case):
+    folder, trace = stranger
+    change, message = HOSTILE[case]
+    change(folder)
+    with pytest.raises(UserError) as error:
+        record.main(["check", str(folder)])
+    assert message in str(error.value)
+    assert str(error.value).replace("\n", "").isprintable()
+    assert not trace.exists()
+
+
+def test_an_image_of_a_stranger_is_not_decoded(stranger):
+    folder, _ = stranger
+    path = folder / "docs/images/leaderboard-small.png"
+    digest = leaderboard.image_digest(path)
+    chunks = path.read_bytes()
+    start = chunks.index(b"IDAT") + 4
+    path.write_bytes(chunks[:start] + b"\0" * (len(chunks) - start))
+    assert leaderboard.image_digest(path) == digest
+    path.write_bytes(b"no image")
+    assert leaderboard.image_digest(path) is None
+
+
+def test_the_draft_of_a_killed_submission_does_not_stop_the_next(project):
+    draft = Path(f"docs/records/.{date.today().isoformat()}-cooler.tmp/trials")
+    draft.mkdir(parents=True)
+    submit()
+    record.main(["check"])
+    assert not list(Path("docs/records").glob(".*"))
 
 
 def rename_of_first() -> None:

@@ -425,7 +425,8 @@ def test_wandb_without_a_key_is_refused_before_any_work(workdir):
     command = [*flags(run="a", wandb="true")]
     done = script("train_llm.py", *command, env=env)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --wandb is set, but there is no API key")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: --wandb is set, but there is no API key; run `wandb login`")
     assert not Path("runs").exists() and not Path("cache").exists()
 
 

@@ -20,7 +20,7 @@ import torch
 import train_llm
 import train_multimodal
 import train_vqvae
-from common.config import HumanInt, check_positive, run_script
+from common.config import HumanInt, UserError, check_positive, run_script
 from common.device import Clock, device_name, peak_memory_gb, resolve_device
 from common.loop import update
 from model import ChunkedCrossEntropy, KVCache, Llama, ModelConfig
@@ -84,6 +84,7 @@ def apertus(model: Llama):
             rms_norm_eps=1e-6,
             max_position_embeddings=c.seq_len,
             tie_word_embeddings=False,
+            pad_token_id=None,  # the default is an id that a tiny vocabulary lacks
             attn_implementation="sdpa",
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         )
@@ -240,11 +241,34 @@ def loss(cfg: Config, device: torch.device) -> float:
     return used
 
 
-def main(cfg: Config) -> None:
-    """Measure and print. Raises UserError."""
+def check(cfg: Config) -> None:
+    """Raises UserError for settings that cannot be measured."""
     check_positive(
         cfg, "rounds", "steps", "image_tokens", "batch_tokens", "loss_tokens", "loss_vocab"
     )
+    if cfg.image_tokens > 1024:
+        raise UserError(f"--image_tokens is {cfg.image_tokens}; it must be at most 1024")
+    if cfg.batch_tokens < cfg.model.seq_len:
+        raise UserError(
+            f"--batch_tokens {cfg.batch_tokens} is less than one sequence; set it to "
+            f"--model.seq_len {cfg.model.seq_len} or more"
+        )
+    canon = train_llm.Config().model.canon
+    if cfg.what == "extras" and cfg.model.seq_len <= canon:
+        raise UserError(
+            f"--model.seq_len is {cfg.model.seq_len}; the extras need at least {canon + 1}"
+        )
+    for name in ("subwords", "value_embed", "canon", "n_image_positions"):
+        if getattr(cfg.model, name):
+            raise UserError(
+                f"--model.{name} is {getattr(cfg.model, name)}, but only a plain Llama can be "
+                f"compared; omit --model.{name}"
+            )
+
+
+def main(cfg: Config) -> None:
+    """Measure and print. Raises UserError."""
+    check(cfg)
     device = resolve_device(cfg)
     compiled = "compiled" if cfg.compile else "not compiled"
     print(f"{device_name(device)}, {cfg.dtype}, torch {torch.__version__}, {compiled}")

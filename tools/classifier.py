@@ -9,7 +9,6 @@ Shapes: N images of side S, feature dimension D.
 import hashlib
 import json
 import math
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 from common.config import UserError
 from common.device import Clock
 from common.loop import trapezoid, update
+from common.run import file_sha256, locked, write_text
+from data.files import first_line
 
 SIDE = 32  # side in pixels of the images that the network reads
 
@@ -182,19 +183,20 @@ def load_classifier(
     key = {"recipe": asdict(recipe), "seed": seed, "n_classes": n_classes, "data": data}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / f"classifier-{digest}"
-    if not folder.exists():
-        trained = train_classifier(images, labels, n_classes, recipe, seed, device, dtype, progress)
-        tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        tmp.mkdir(parents=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in trained.state_dict().items()},
-            tmp / "classifier.safetensors",
-        )
-        sha256 = hashlib.sha256((tmp / "classifier.safetensors").read_bytes()).hexdigest()
-        (tmp / "classifier.json").write_text(json.dumps({**key, "sha256": sha256}, indent=2))
-        if folder.exists():  # another process was faster
-            shutil.rmtree(tmp)
-        else:
+    with locked(folder):
+        if not folder.exists():
+            trained = train_classifier(
+                images, labels, n_classes, recipe, seed, device, dtype, progress
+            )
+            tmp = folder.with_name(f".{folder.name}.tmp")
+            shutil.rmtree(tmp, ignore_errors=True)  # left by a process that was killed
+            tmp.mkdir()
+            save_file(
+                {name: tensor.contiguous() for name, tensor in trained.state_dict().items()},
+                tmp / "classifier.safetensors",
+            )
+            sha256 = file_sha256(tmp / "classifier.safetensors")
+            write_text(tmp / "classifier.json", json.dumps({**key, "sha256": sha256}, indent=2))
             tmp.rename(folder)
     model = Classifier(n_classes, recipe.width)
     try:
@@ -203,10 +205,9 @@ def load_classifier(
         if hashlib.sha256(weights).hexdigest() != sha256:
             raise ValueError("its sha256 differs from the one in classifier.json")
         model.load_state_dict(load(weights))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # the parsers raise many exception types
         raise UserError(
-            f"{folder} is damaged ({str(error).splitlines()[0]}); "
-            "delete it to train the classifier again"
+            f"{folder} is damaged ({first_line(error)}); delete it to train the classifier again"
         ) from error
     return model.to(device).eval()
 

@@ -6,10 +6,13 @@ them: then record.json names that record's folder and the sha256 of its trial fi
 date, who and note are typed by a person; the rest follows from the trials.
 """
 
+import glob
 import hashlib
 import json
+import os
 import shlex
 import shutil
+import stat
 import statistics
 from dataclasses import dataclass
 from datetime import date
@@ -31,12 +34,14 @@ from tools.trials import (
     lines_of_code,
     load_trials,
     markdown_table,
+    read_data,
     statistics_of,
     stdev,
     verdict,
 )
 
 DOCS = Path("docs")
+MAX_BYTES = 1_000_000  # of a file; records have a tenth of it
 COLUMNS = "#,date,val loss,val bpb,train loss,time,tokens/s,tokens,parameters,device,who"
 Curve = tuple[list[int], list[float], list[float]]  # tokens, mean validation loss, stdev
 
@@ -89,9 +94,9 @@ def copy_trials(trials: list[Trial], folder: Path) -> None:
         (place / "metrics.jsonl").write_text("".join(lines))
 
 
-def stored_trials() -> dict[str, Path]:
-    """{"RECORD/trials" or "RECORD/baseline": its folder} for all trials that records store."""
-    sides = [(DOCS / "records").glob(f"[!.]*/{side}") for side in ("trials", "baseline")]
+def stored_trials(records: Path) -> dict[str, Path]:
+    """{"RECORD/trials" or "RECORD/baseline": its folder} for all trials in docs/records."""
+    sides = [records.glob(f"[!.]*/{side}") for side in ("trials", "baseline")]
     return {f"{path.parent.name}/{path.name}": path for side in sides for path in sorted(side)}
 
 
@@ -99,7 +104,7 @@ def store_baseline(base: list[Trial], folder: Path) -> str | None:
     """Copy trials to folder, or return the name of the stored trials that equal them."""
     copy_trials(base, folder)
     copied = file_hashes(folder)
-    for name, path in stored_trials().items():
+    for name, path in stored_trials(folder.parent.parent).items():
         if file_hashes(path) == copied:
             shutil.rmtree(folder)
             return name
@@ -110,12 +115,41 @@ def load_baseline(folder: Path, source: str | None) -> list[Trial]:
     """The baseline from folder/baseline, or from the stored trials `source`. Raises UserError."""
     copied = folder / "baseline"
     if source is None:
-        return load_trials([copied / "*"]) if copied.exists() else []
+        return load_stored(copied) if copied.exists() else []
     if copied.exists():
         raise UserError(f"{folder} has a copied baseline and refers to {source}; delete one")
-    if str(source) not in stored_trials():
+    stored = stored_trials(folder.parent)
+    if str(source) not in stored:
         raise UserError(f"{folder}: its baseline {source} is not in docs/records; restore it")
-    return load_trials([stored_trials()[source] / "*"])
+    return load_stored(stored[source])
+
+
+def load_stored(folder: Path) -> list[Trial]:
+    """The trials in a folder of a record. Raises UserError."""
+    return load_trials([Path(glob.escape(str(folder))) / "*"])
+
+
+def unsafe_files(docs: Path) -> list[str]:
+    """The records, pages and images in docs/ that are not small plain files, one line each.
+
+    In a stranger's checkout a symbolic link could lead anywhere, and reading a pipe never ends.
+    """
+    places = [docs, docs / "records", docs / "images", docs / "LEADERBOARD.md"]
+    for top in places[1:3]:
+        for folder, folders, files in os.walk(top, followlinks=False):
+            places += [Path(folder, name) for name in folders + files]
+    problems = []
+    for path in places:
+        try:
+            status = path.lstat()
+        except OSError as error:
+            return [f"cannot read {path} ({error.strerror}); run this in a checkout, or pass one"]
+        is_file = stat.S_ISREG(status.st_mode)
+        if not is_file and not stat.S_ISDIR(status.st_mode):
+            problems.append(f"{path} is neither a folder nor a plain file; replace it by a copy")
+        if is_file and status.st_size > MAX_BYTES:
+            problems.append(f"{path} has more than {MAX_BYTES:,} bytes; make it smaller")
+    return problems
 
 
 # ---- records
@@ -147,6 +181,7 @@ def derive(folder: Path, new: list[Trial], base: list[Trial], source: str | None
             f"{first.path} was evaluated by code ({evaluation[:12]}) that is not in "
             "docs/records/evaluations.json; the evaluation is fixed"
         )
+    stored = stored_trials(folder.parent)
     program, *words = new[-1].env["command"]  # the last: it may have added seeds to the others
     program = "-m tools.record" if program == "record.py" else program
     return {
@@ -156,9 +191,9 @@ def derive(folder: Path, new: list[Trial], base: list[Trial], source: str | None
         "commit": first.summary["commit"],
         "baseline_commit": base[0].summary["commit"] if base else None,
         "baseline_from": source,
-        "baseline_sha256": digest_of(file_hashes(stored_trials()[source])) if source else None,
+        "baseline_sha256": digest_of(file_hashes(stored[source])) if source else None,
         "settings": changed_settings(base[0], first) if base else {},
-        "lines": lines_of_code((folder / "diff.patch").read_text()),
+        "lines": lines_of_code((folder / "diff.patch").read_text(errors="replace")),
         "statistics": statistics_of(base, new),
         "files": file_hashes(folder),
     }
@@ -167,23 +202,23 @@ def derive(folder: Path, new: list[Trial], base: list[Trial], source: str | None
 def load_record(folder: Path) -> Record:
     """Raises UserError if anything in the folder disagrees with the trials."""
     try:
-        metadata = json.loads((folder / "record.json").read_text())
+        metadata = read_data(folder / "record.json")
         typed = {key: metadata[key] for key in ("name", "date", "who", "note")}
-        source = metadata["baseline_from"]
+        source, patch = metadata["baseline_from"], folder / "diff.patch"
         expected = f"{date.fromisoformat(typed['date'])}-{typed['name']}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        written = flatten(metadata)
+    except Exception as error:  # the parser raises many exception types
         raise UserError(f"{folder}/record.json is not a record ({error!r}); restore it") from error
-    valid = [isinstance(text, str) and text.strip() and "\n" not in text for text in typed.values()]
+    valid = [isinstance(t, str) and t.strip() and t.isprintable() for t in typed.values()]
     if folder.name != expected or not all(valid):
         raise UserError(
             f"{folder}/record.json: name, date (YYYY-MM-DD), who and note must each be one line "
             "of text, and the folder must be named DATE-NAME"
         )
-    if not (folder / "diff.patch").exists():
+    if not patch.exists():
         raise UserError(f"{folder} has no diff.patch; restore it")
-    new = load_trials([folder / "trials" / "*"])
-    base = load_baseline(folder, source)
-    written, derived = flatten(metadata), flatten(typed | derive(folder, new, base, source))
+    new, base = load_stored(folder / "trials"), load_baseline(folder, source)
+    derived = flatten(typed | derive(folder, new, base, source))
     for key in sorted(written.keys() | derived.keys()):
         if written.get(key) != derived.get(key):
             raise UserError(f"{folder}/record.json: {key} does not follow from the trials")
@@ -192,16 +227,16 @@ def load_record(folder: Path) -> Record:
     return Record(folder, metadata, new, base)
 
 
-def record_folders() -> list[Path]:
-    return sorted(path for path in (DOCS / "records").glob("[!.]*") if path.is_dir())
+def record_folders(docs: Path) -> list[Path]:
+    return sorted(path for path in (docs / "records").glob("[!.]*") if path.is_dir())
 
 
-def all_records() -> list[Record]:
+def all_records(docs: Path = DOCS) -> list[Record]:
     """Oldest first; within a day, records without a baseline, then higher loss, come first.
 
     Raises UserError.
     """
-    records = [load_record(folder) for folder in record_folders()]
+    records = [load_record(folder) for folder in record_folders(docs)]
     return sorted(records, key=lambda r: (r.metadata["date"], bool(r.baseline), -r.val_loss))
 
 
@@ -252,11 +287,11 @@ def label(tokens: int) -> str:
     return names.get(tokens, f"{tokens:,}")
 
 
-def image_path(tokens: int) -> Path:
-    return DOCS / "images" / f"leaderboard-{label(tokens).replace(',', '')}.png"
+def image_name(tokens: int) -> str:
+    return f"leaderboard-{label(tokens).replace(',', '')}.png"
 
 
-def leaderboard(records: list[Record]) -> str:
+def leaderboard(records: list[Record], docs: Path = DOCS) -> str:
     """The page of all records: a section for each budget with a table for each training text."""
     text = (
         "# Leaderboard\n\n"
@@ -274,12 +309,12 @@ def leaderboard(records: list[Record]) -> str:
         text += f"\n## {title}\n\n"
         group = [r for r in records if r.tokens == tokens]
         if group:
-            text += f"![validation loss against tokens](images/{image_path(tokens).name})\n"
+            text += f"![validation loss against tokens](images/{image_name(tokens)})\n"
         else:
             text += "No record yet.\n"
         for data in dict.fromkeys(r.data for r in group):
             text += f"\n{data_table([r for r in group if r.data == data])}"
-    return text + "\n" + (DOCS / "records" / "quoted.md").read_text()
+    return text + "\n" + (docs / "records" / "quoted.md").read_text(errors="replace")
 
 
 def data_table(records: list[Record]) -> str:
@@ -351,42 +386,61 @@ def publish(records: list[Record]) -> None:
     for record in records:
         write_text(record.folder / "README.md", readme(record.metadata))
     for tokens in sorted({r.tokens for r in records}):
-        plot(image_path(tokens), curves([r for r in records if r.tokens == tokens]))
+        plot(
+            DOCS / "images" / image_name(tokens), curves([r for r in records if r.tokens == tokens])
+        )
     write_text(DOCS / "LEADERBOARD.md", leaderboard(records))
 
 
 # ---- check
-def check() -> list[str]:
-    """What is wrong with the records, the page and the images: one line each."""
-    from PIL import Image
+def check(docs: Path = DOCS) -> list[str]:
+    """What is wrong with the records, the page and the images in a docs/ folder: one line each.
 
+    The code and the accepted evaluations are always those of this checkout.
+    """
     problems = []
     if train_llm.evaluation_sha256() not in accepted_evaluations():
         problems.append(
             f"train_llm.py: evaluate() has hash {train_llm.evaluation_sha256()}, which "
             "docs/records/evaluations.json does not list; the evaluation is fixed"
         )
-    for folder in record_folders():
+    for folder in record_folders(docs):
         try:
             record = load_record(folder)
             if (folder / "README.md").read_text() != readme(record.metadata):
                 problems.append(f"{folder}/README.md is stale; run python -m tools.record publish")
-        except (UserError, OSError) as error:
+        except (UserError, OSError, ValueError) as error:
             problems.append(str(error))
     if problems:
         return problems
-    records = all_records()
+    records = all_records(docs)
     for i, record in enumerate(records):
         try:
             check_rank(record, records[:i])
         except UserError as error:
             problems.append(str(error))
-    page = DOCS / "LEADERBOARD.md"
-    if not page.exists() or page.read_text() != leaderboard(records):
-        problems.append(f"{page} is stale; run python -m tools.record publish")
+    return problems + stale_pages(docs, records)
+
+
+def stale_pages(docs: Path, records: list[Record]) -> list[str]:
+    """The page and the images in docs/ that do not follow from the records."""
+    stale = []
+    page = docs / "LEADERBOARD.md"
+    if not page.exists() or page.read_text(errors="replace") != leaderboard(records, docs):
+        stale.append(page)
     for tokens in sorted({r.tokens for r in records}):
-        group = [r for r in records if r.tokens == tokens]
-        path, digest = image_path(tokens), digest_of(curves(group))
-        if not path.exists() or Image.open(path).text.get("Description") != digest:
-            problems.append(f"{path} is stale; run python -m tools.record publish")
-    return problems
+        path = docs / "images" / image_name(tokens)
+        if image_digest(path) != digest_of(curves([r for r in records if r.tokens == tokens])):
+            stale.append(path)
+    return [f"{path} is stale; run python -m tools.record publish" for path in stale]
+
+
+def image_digest(path: Path) -> str | None:
+    """The digest in a PNG that `plot` wrote, without decoding its pixels; None if there is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Description")
+    except Exception:  # PIL raises many exception types
+        return None

@@ -5,6 +5,7 @@ python -m tools.record compare 'runs/base-seed*' -- 'runs/new-seed*'
 python -m tools.record submit short-cooldown --baseline 'runs/base-seed*' \\
     --runs 'runs/new-seed*' --note "cooldown over 0.4 of the run"
 python -m tools.record check      # verify all records, the leaderboard and its images
+python -m tools.record check ../pull-request    # those of a stranger's checkout; runs no code of it
 python -m tools.record publish    # regenerate the leaderboard and its images, e.g. after a merge
 """
 
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 
 import train_llm
 from common.config import RUNS, UserError, load_config, run_script, stop
@@ -39,6 +41,7 @@ from tools.trials import (
     comparison_table,
     lines_of_code,
     load_trials,
+    read_data,
     statistics_of,
     trials_table,
     verdict,
@@ -88,7 +91,7 @@ def trials(argv: list[str]) -> None:
     names = [f"{cfg.run}-seed{seed}" for seed in range(cfg.seeds)]
     for name in names:
         env = RUNS / name / "env.json"
-        if env.exists() and json.loads(env.read_text()).get("code_sha256") != code["code_sha256"]:
+        if env.exists() and code_of(env) != code["code_sha256"]:
             raise UserError(
                 f"{RUNS / name} was made by different code; choose another --run or delete it"
             )
@@ -111,6 +114,14 @@ def trials(argv: list[str]) -> None:
     print(f"\n{text}", flush=True)
 
 
+def code_of(env: Path) -> str | None:
+    """The code_sha256 in an env.json, None if the file is damaged."""
+    try:
+        return read_data(env).get("code_sha256")
+    except Exception:  # the parser raises many exception types
+        return None
+
+
 def compare(argv: list[str]) -> None:
     """Print the statistics of both sides, the verdict and what changed. Raises UserError."""
     if argv.count("--") != 1 or "--" in (argv[0], argv[-1]):
@@ -130,8 +141,8 @@ def compare(argv: list[str]) -> None:
 
 def patch_between(before: str, after: str) -> str:
     """The changes to recipe code between two commits. Raises UserError if a commit is missing."""
-    command = ["git", "diff", before, after, "--", *RECIPE]
-    process = subprocess.run(command, capture_output=True, text=True)
+    command = ["git", "diff", "--no-ext-diff", "--no-textconv", before, after, "--", *RECIPE]
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if process.returncode:
         reason = process.stderr.strip().splitlines()[0]
         raise UserError(
@@ -167,7 +178,7 @@ def submit_options(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"{options.name!r} is not a record name; use letters, digits, '.' and '-'")
     for key in ("who", "note"):
         text = getattr(options, key)
-        if not text.strip() or "\n" in text:
+        if not text.strip() or not text.isprintable():
             raise UserError(f"--{key} is {text!r}; it must be one line of text")
     return options
 
@@ -183,6 +194,8 @@ def submit(argv: list[str]) -> None:
     check_sides(base, new)
     folder = DOCS / "records" / f"{today}-{options.name}"
     draft = folder.with_name(f".{folder.name}.tmp")
+    for leftover in draft.parent.glob(".*.tmp"):  # of a process that was killed
+        shutil.rmtree(leftover)
     try:
         copy_trials(new, draft / "trials")
         source = store_baseline(base, draft / "baseline")
@@ -205,11 +218,20 @@ def submit(argv: list[str]) -> None:
 
 
 def check(argv: list[str]) -> None:
-    """Verify records, page and images. Raises UserError."""
-    problems = leaderboard.check()
+    """Verify records, page and images, here or in another checkout. Raises UserError.
+
+    Of another checkout only data is read, so that a stranger's is safe to check.
+    """
+    docs = Path(*argv, "docs")
+    problems = leaderboard.unsafe_files(docs) or leaderboard.check(docs)
     if problems:
-        raise UserError("\nerror: ".join(problems))
-    print(f"{len(all_records())} records are valid")
+        raise UserError("\nerror: ".join(map(printable, problems)))
+    print(f"{len(leaderboard.record_folders(docs))} records are valid")
+
+
+def printable(text: str) -> str:
+    """The text with line breaks and terminal codes escaped: files of strangers may hold them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def publish(argv: list[str]) -> None:
@@ -226,8 +248,9 @@ def main(argv: list[str]) -> None:
         return
     if name not in commands:
         raise UserError(f"{name!r} is not a command; use {', '.join(commands)}")
-    if rest and name in ("check", "publish"):
-        raise UserError(f"{name} takes no arguments; omit {rest[0]!r}")
+    extra = rest[{"check": 1, "publish": 0}.get(name, len(rest)) :]
+    if extra:
+        raise UserError(f"{name} does not take {extra[0]!r}; omit it")
     commands[name](rest)
 
 

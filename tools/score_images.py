@@ -20,7 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.config import UserError, check_not_negative, check_positive, run_script
+from common.config import (
+    UserError,
+    build_from_saved,
+    check_not_negative,
+    check_positive,
+    run_script,
+)
 from common.device import resolve_device
 from common.run import write_text
 from data import shapes
@@ -47,6 +53,7 @@ from tools.classifier import (
     nearest,
 )
 from tools.shapes_checker import check
+from train_multimodal import CaptionConfig
 
 SCENES_SEED = 2  # of the scenes to generate; training and validation have 0 and 1
 N_SHOWN = 16  # images of each kind in scores.png
@@ -60,8 +67,8 @@ class Config:
     """Name of a run under runs/, a run folder or one of its checkpoints. Omitted: the newest
     run."""
     n: int | Literal["auto"] = "auto"
-    """Number of images to generate. For shapes: n with color-shape pairs seen in training and n
-    with unseen pairs. auto: 1000 on a GPU, otherwise 64."""
+    """Number of images to generate, at most 100,000. For shapes: n with color-shape pairs seen in
+    training and n with unseen pairs. auto: 1000 on a GPU, otherwise 64."""
     n_real: int | Literal["auto"] = "auto"
     """Number of real test images to compare with. auto: at most 100,000 on a GPU, otherwise
     1000."""
@@ -93,7 +100,12 @@ class Config:
 
 
 def generate_all(cfg: Config, loaded: LoadedRun, captions: list[str]) -> Tensor:
-    """An image for each caption, (N, 3, S, S) in [-1, 1]."""
+    """An image for each caption, (N, 3, S, S) in [-1, 1]; prints how many captions are too long."""
+    lengths = [len(loaded.format.text_tokens(caption)) for caption in captions]
+    limit = loaded.format.caption_tokens
+    n_truncated = sum(length > limit for length in lengths)
+    if n_truncated:
+        print(f"{n_truncated} of {len(captions)} captions truncated to {limit} tokens", flush=True)
     return generate_images(
         loaded.model,
         loaded.vqvae,
@@ -105,6 +117,7 @@ def generate_all(cfg: Config, loaded: LoadedRun, captions: list[str]) -> Tensor:
         top_k=cfg.top_k,
         top_p=cfg.top_p,
         batch=cfg.batch,
+        truncate=True,
         progress=True,
     )
 
@@ -192,7 +205,7 @@ def generative_accuracy(
     class.
     """
     model, fmt, device = loaded.model, loaded.format, loaded.model.embed.weight.device
-    prompts, n_correct = [fmt.prompt(caption) for caption in captions], 0
+    prompts, n_correct = [fmt.prompt(caption, truncate=True) for caption in captions], 0
     for i in indices:
         image = unaugmented_images(data, [i], loaded.vqvae.config.image_size, device)
         codes = loaded.vqvae.encode(image).flatten(1).cpu()  # (1, image tokens)
@@ -310,6 +323,8 @@ def main(cfg: Config) -> dict:
         if getattr(cfg, name) == "auto":
             setattr(cfg, name, on_gpu if gpu else on_cpu)
     check_positive(cfg, "n", "n_real", "batch")
+    if cfg.n > 100_000:
+        raise UserError(f"--n is {cfg.n}; it must be at most 100000")
     check_not_negative(cfg, "n_classify")
     loaded = load_run(cfg.run, cfg)
     if loaded.vqvae is None:
@@ -318,18 +333,21 @@ def main(cfg: Config) -> dict:
             "train_multimodal.py"
         )
     resolve_sampling(cfg, loaded)
-    config = {key: value for key, value in loaded.config["data"].items() if key != "tokenizer"}
-    if config["source"] == "shapes":
+    data = build_from_saved(CaptionConfig, loaded.config.get("data"), loaded.run)
+    if data.source == "shapes":
         scores, shown = score_shapes(cfg, loaded)
     else:
-        scores, shown = score_labeled(cfg, loaded, ImageConfig(**config))
+        scores, shown = score_labeled(cfg, loaded, data)
     for name in ("n", "guidance", "temperature", "top_k", "top_p", "seed"):
         scores[name] = getattr(cfg, name)
     write_text(loaded.run / "scores.json", json.dumps(scores, indent=2))
     titles, images = zip(*shown, strict=True)
-    image_grid(np.stack(images), 8, titles=titles).save(loaded.run / "scores.png")
+    path = loaded.run / "scores.png"
+    tmp = path.with_name(path.name + ".tmp")
+    image_grid(np.stack(images), 8, titles=titles).save(tmp, "PNG")
+    tmp.replace(path)
     print(json.dumps(scores, indent=2))
-    print(loaded.run / "scores.png")
+    print(path)
     return scores
 
 

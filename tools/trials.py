@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from scipy.stats import ttest_ind
 
 from common.config import UserError, flatten
 from common.metrics import evaluations
+from data.files import first_line
 
 MEASURES = {  # key in summary.json: (title in tables, number format)
     "val_loss": ("validation loss, nats per token", ".4f"),
@@ -29,8 +31,20 @@ FIXED = {  # what the two sides of a comparison must share: key in summary.json
     "tokenizer": "tokenizer_sha256",
     "evaluation": "evaluation_sha256",
 }
-REQUIRED = [*MEASURES, *FIXED.values(), "tokens", "steps", "params", "seed"]
-REQUIRED += ["device", "commit", "dirty", "code_sha256"]
+SCHEMA = {  # what the files of a trial must hold: {file: {key: type}}
+    "config.yaml": {"tokens": int},
+    "summary.json": {
+        **dict.fromkeys(MEASURES, int | float),
+        **dict.fromkeys(FIXED.values(), str),
+        **dict.fromkeys(("tokens", "steps", "params", "val_tokens"), int),
+        "seed": int,
+        "device": str,
+        "commit": str | None,
+        "dirty": bool | None,
+        "code_sha256": str,
+    },
+    "env.json": {"cpus": int, "torch": str, "command": list},
+}
 NON_RECIPE_SETTINGS = {  # settings that are not part of a recipe
     "stage",
     "run",
@@ -56,7 +70,7 @@ BUDGETS = {
     "100M": 100_000_000,
     "1B": 1_000_000_000,
 }
-MAX_PARAMS, SMALL_MAX_PARAMS, MIN_SEEDS = 90_000_000, 7_000_000, 3
+MAX_PARAMS, SMALL_MAX_PARAMS, MIN_SEEDS, MAX_SEEDS = 90_000_000, 7_000_000, 3, 1000
 P_LOSS = 0.01  # the probability of accepting a loss that is not lower
 # The probability of accepting a training time that is not lower. It is stricter so that both
 # together stay below 2%, and because a machine's speed drifts.
@@ -101,37 +115,81 @@ def load_trial(folder: Path) -> Trial:
             f"{folder} is not finished (it has no summary.json); run its `trials` command again"
         )
     try:
-        config = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
-        summary = json.loads((folder / "summary.json").read_text())
-        env = json.loads((folder / "env.json").read_text())
-        plan = folder / "trials.json"
-        planned = json.loads(plan.read_text())["seeds"] if plan.exists() else 0
-        missing = [key for key in REQUIRED if key not in summary]
-        missing += [key for key in ("cpus", "torch", "command") if key not in env]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder} is damaged ({reason}); rerun this trial") from error
+        config, summary, env = (read_data(folder / name) for name in SCHEMA)
+        config, plan = flatten(config), folder / "trials.json"
+        planned = read_data(plan)["seeds"] if plan.exists() else 0
+        rows = evaluations(folder)
+    except UserError:
+        raise
+    except Exception as error:  # the parsers raise many exception types
+        raise UserError(f"{folder} is damaged ({first_line(error)}); rerun this trial") from error
     stage = config.get("stage", "llm")  # trials of the oldest records name no stage
     if stage != "llm":
         raise UserError(f"{folder} is a run of stage {stage}; trials are runs of train_llm.py")
-    if missing:
+    for name, values in zip(SCHEMA, (config, summary, env), strict=True):
+        check_values(folder, name, values)
+    if type(planned) is not int or not 0 <= max(planned, summary["seed"]) < MAX_SEEDS:
+        raise UserError(f"{folder}: seeds must be from 0 to {MAX_SEEDS - 1}; rerun this trial")
+    if len(summary.get("code") or []) > 1:
         raise UserError(
-            f"{folder} has no {missing[0]} in summary.json or env.json; rerun this trial"
+            f"{folder} was trained by {len(summary['code'])} versions of the code (`code` in "
+            "summary.json); train it again from start to end with one"
         )
-    for key in MEASURES:
-        if not isinstance(summary[key], int | float) or not math.isfinite(summary[key]):
-            raise UserError(
-                f"{folder} has {key} {summary[key]}; a failed trial disqualifies its recipe"
-            )
-    rows = evaluations(folder)
-    last = rows[-1] if rows else {}
-    expected = [summary[key] for key in ("steps", "val_loss", "val_bpb")]
-    if [last.get(key) for key in ("step", "val_loss", "val_bpb")] != expected:
+    keys = ("step", "val_loss", "val_bpb")
+    last = [rows[-1].get(key) for key in keys] if rows else []
+    is_valid = all(is_number(row.get(key)) for row in rows for key in (*keys, "tokens"))
+    if not is_valid or last != [summary["steps"], summary["val_loss"], summary["val_bpb"]]:
         raise UserError(
             f"{folder}: summary.json and the last evaluation in metrics.jsonl disagree; "
             "rerun this trial"
         )
     return Trial(folder, config, summary, env, rows, planned)
+
+
+def read_data(path: Path) -> dict:
+    """The object in a JSON or YAML file that a stranger may have written.
+
+    Raises many exception types if there is none.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        value = json.loads(text)
+    else:
+        events = yaml.parse(text, Loader=yaml.SafeLoader)
+        if any(isinstance(event, yaml.AliasEvent) for event in events):  # may grow exponentially
+            raise ValueError(f"{path.name} has an alias")
+        value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds no settings")
+    return value
+
+
+def is_number(value) -> bool:
+    """Whether a value is a number, finite and small enough for statistics."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < 1e15
+
+
+def check_values(folder: Path, name: str, values: dict) -> None:
+    """Raises UserError unless the values of a trial's file have the types of SCHEMA.
+
+    Commit and command must also be safe to show and to paste into a terminal.
+    """
+    for key, kind in SCHEMA[name].items():
+        if key not in values:
+            raise UserError(f"{folder} has no {key} in {name}; rerun this trial")
+        value = values[key]
+        if key in MEASURES and not is_number(value):
+            raise UserError(f"{folder} has {key} {value}; a failed trial disqualifies its recipe")
+        good = isinstance(value, kind) and (kind is not int or is_number(value))
+        if key == "commit" and value is not None:
+            good = good and re.fullmatch("[0-9a-f]{7,64}", value)
+        if key == "command":
+            words = value if good and value else [None]
+            good = all(isinstance(word, str) and word.isprintable() for word in words)
+            good = good and re.fullmatch(r"[\w.-]+\.py", words[0])
+        if not good:
+            raise UserError(f"{folder} has {key} {value!r} in {name}; rerun this trial")
 
 
 def column(trials: list[Trial], key: str) -> list[float]:
