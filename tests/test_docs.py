@@ -34,6 +34,7 @@ PAGES = sorted(
 )
 HISTORY = {"docs/LOG.md", "docs/LEADERBOARD.md"}  # commands of their time
 WITHOUT_COMMANDS = {
+    "docs/RELIABILITY.md",
     "image_metrics.py",
     "model.py",
     "multimodal.py",
@@ -68,7 +69,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 
 def check_command(program: str, arguments: list[str]) -> None:
     """Raises UserError or exits if a program does not understand its arguments."""
-    words = [word for word in arguments if word not in ("--resume", "--help")]
+    words = [word for word in arguments if word != "--help"]
     if program in CONFIGS:
         load_config(CONFIGS[program], words)
     elif program == "-m tools.record submit":
@@ -131,3 +132,13 @@ FILES = set(re.findall(r"[\w/]+\.(?:py|yaml|md)", README)) - {"FILE.yaml"}
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_files_named_in_the_readme_exist(name):
     assert (ROOT / name).exists()
+
+
+def named_tests() -> list[tuple[str, str]]:
+    text = (ROOT / "docs/RELIABILITY.md").read_text()
+    return re.findall(r"`(test_\w+): (\w+)`", text)
+
+
+@pytest.mark.parametrize("file, name", named_tests())
+def test_a_promise_names_a_test_that_exists(file, name):
+    assert f"def test_{name}(" in (ROOT / "tests" / f"{file}.py").read_text()

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import (
     MODULES,
@@ -23,7 +24,7 @@ from helpers import (
 import train_llm
 from common.config import UserError, load_config, run_script, saved_config
 from common.metrics import evaluations, read_metrics
-from common.run import checkpoints, lock_run, open_run, save_checkpoint, sha256_of
+from common.run import checkpoints, file_sha256, lock_run, open_run, save_checkpoint, sha256_of
 
 RUN = Path("runs/a")
 
@@ -151,6 +152,26 @@ def test_two_checkpoints_whose_folders_were_exchanged_are_refused(workdir):
     (RUN / "old").rename(newer)
     with pytest.raises(UserError, match="0000020 is damaged .state.json is of step 18"):
         resumed()
+
+
+class Planted:
+    """Runs a command where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("planted",)
+
+
+def test_a_planted_pickle_is_refused(halfway):
+    folder = checkpoints(RUN)[-1]
+    torch.save([Planted()], folder / "optimizer.pt")
+    stored = json.loads((folder / "state.json").read_text())
+    stored["sha256"]["optimizer.pt"] = file_sha256(folder / "optimizer.pt")
+    (folder / "state.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="0000018 is damaged .Weights only load failed"):
+        resumed()
+    assert not Path("planted").exists()
+    torch.load(folder / "optimizer.pt", weights_only=False)
+    assert Path("planted").exists()  # so the pickle was a dangerous one
 
 
 # ---- the code
