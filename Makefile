@@ -27,7 +27,7 @@ demo-images: setup
 test: setup
 	$(PY) -m pytest
 
-# hundreds of kills, a failing hub, long runs and a long fuzzing: about half an hour
+# kills, disk faults, a failing hub, long runs and extended fuzzing: about half an hour
 test-faults: setup
 	$(PY) -m pytest -m faults
 	BLUEBERRY_FUZZ_EXAMPLES=2000 $(PY) -m pytest tests/test_fuzz.py

@@ -87,12 +87,12 @@ def read_prompt(prompt: str | None) -> str:
         elif prompt.startswith("FILE:"):
             place, path = f"--prompt {prompt}", Path(prompt.removeprefix("FILE:"))
             if path.exists() and not path.is_file():
-                raise UserError(f"{place} is not a file; pass a file of text")
+                raise UserError(f"{place} is not a file; pass a text file")
             with path.open(encoding="utf-8") as file:
                 prompt = file.read(MAX_PROMPT + 1).rstrip("\n")
         prompt.encode()  # an argument or a pipe may hold bytes that are not UTF-8
     except (OSError, ValueError) as error:
-        remedy = "check the path" if isinstance(error, OSError) else "pass text in UTF-8"
+        remedy = "check the path" if isinstance(error, OSError) else "pass UTF-8 text"
         raise UserError(f"{place} cannot be read: {error}; {remedy}") from error
     if len(prompt) > MAX_PROMPT:
         raise UserError(f"{place} has more than {MAX_PROMPT:,} characters; shorten it")
@@ -100,7 +100,7 @@ def read_prompt(prompt: str | None) -> str:
 
 
 def image_path(cfg: Config, run: Path, prompt: str) -> Path:
-    """The PNG file to write, in a folder tested for writing. Raises UserError."""
+    """The PNG file to write, after a check that its folder is writable. Raises UserError."""
     name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
     name = name.encode()[:200].decode(errors="ignore")  # file systems allow 255 bytes
     default = run / "generated" / f"{name or 'image'}-{cfg.seed}.png"

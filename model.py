@@ -83,10 +83,10 @@ class ModelConfig:
                     f"model.{name} is {value}; "
                     f"it must be {'0 or more' if name in can_be_zero else 'positive'}"
                 )
-            limit = 1000 if name == "n_layers" else 2**20  # above, it would hang or overflow
+            limit = 1000 if name == "n_layers" else 2**20  # more would hang or overflow
             if name != "rope_theta" and value > limit:
                 raise ValueError(f"model.{name} is {value}; it must be at most {limit}")
-        if not self.rope_theta >= 1:  # nan compares as false
+        if not self.rope_theta >= 1:  # also true for NaN
             raise ValueError(f"model.rope_theta is {self.rope_theta}; it must be at least 1")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(

@@ -52,7 +52,7 @@ class ImageTextFormat:
             )
 
     def text_tokens(self, text: str) -> list[int]:
-        """Ids of a text; special tokens in it are ordinary text."""
+        """Token ids of a text; special tokens in it are encoded as ordinary text."""
         return encode(self.tokenizer, [text])[0]
 
     def prompt(self, caption: str, truncate: bool = False) -> list[int]:

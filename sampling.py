@@ -60,19 +60,19 @@ def load_run(name: str, cfg) -> LoadedRun:
         if file_sha256(weights) != state["inputs"].get("vqvae"):
             raise UserError(
                 f"{run / 'vqvae'} is not the VQ-VAE that {run} was trained with; restore the "
-                "folder as it was saved, or train again under another --run"
+                "original folder, or train again under another --run"
             )
         loaded.format = ImageTextFormat(tokenizer, loaded.vqvae.config, model.config)
     return loaded
 
 
 def saved_tokenizer(run: Path, state: dict):
-    """The tokenizer that a run keeps; `state` is that of one of its checkpoints.
+    """The tokenizer in a run folder; `state` is the state of one of the run's checkpoints.
 
-    Raises UserError if it is missing, damaged or not the one of the checkpoint.
+    Raises UserError if it is missing, damaged or not the one that the checkpoint was trained with.
     """
     folder = run / "tokenizer"
-    remedy = "restore the folder as it was saved, or train again under another --run"
+    remedy = "restore the original folder, or train again under another --run"
     try:
         if not folder.is_dir():
             raise FileNotFoundError("there is no such folder")
@@ -99,7 +99,7 @@ def load_vqvae(name: str, device: torch.device, dtype: torch.dtype) -> VQVAE:
 
 # ---- text
 def prompt_ids(tokenizer, prompt: str, seq_len: int) -> list[int]:
-    """End-of-text and the ids of a prompt. Raises UserError if they do not fit the context."""
+    """End-of-text and the ids of a prompt. Raises UserError if they exceed the context length."""
     ids = [end_of_text(tokenizer), *encode(tokenizer, [prompt])[0]]
     if len(ids) > seq_len:
         raise UserError(
@@ -295,7 +295,7 @@ def check_sampling(cfg) -> None:
 
 
 def check_guidance(cfg) -> None:
-    """Raises UserError for a scale of guidance that is negative or makes logits overflow."""
+    """Raises UserError for a guidance scale that is negative or makes logits overflow."""
     check_not_negative(cfg, "guidance")
     if cfg.guidance > 1000:
         raise UserError(f"--guidance is {cfg.guidance}; it must be at most 1000")

@@ -267,7 +267,7 @@ def main(cfg: Config) -> dict:
             "tokenizer (at most 65536 entries)"
         )
     for prompt in cfg.sample_prompts:
-        prompt_ids(tokenizer, prompt, seq_len)  # raises now, not at the first evaluation
+        prompt_ids(tokenizer, prompt, seq_len)  # raise now rather than at the first evaluation
     train, val, n_windows = load_data(cfg, tokenizer, steps)
     val_windows = eval_windows(val, seq_len, cfg.eval_tokens // seq_len)  # (N, T + 1)
     tokenizer_sha256 = digest(tokenizer.backend_tokenizer.to_str())
@@ -324,7 +324,7 @@ def main(cfg: Config) -> dict:
         if cfg.sample_prompts:
             path, prompts = run / "samples" / f"{step:07d}.txt", cfg.sample_prompts
             write_text_samples(path, model, tokenizer, prompts, cfg.sample_tokens, cfg.seed)
-        metrics.row(step=step, val_loss=loss, val_bpb=bpb)  # last: the evaluation is complete
+        metrics.row(step=step, val_loss=loss, val_bpb=bpb)  # last: marks a complete evaluation
 
     shape = {"batch": batch, "seq_len": seq_len, "n_windows": n_windows, "seed": cfg.seed}
     batches = token_batches(train, first, steps, **shape, device=device)  # (B, T + 1) each

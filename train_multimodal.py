@@ -185,7 +185,7 @@ def resolve_micro_batch(cfg: Config, device: torch.device) -> None:
 
 # ---- data
 def open_vqvae(cfg: Config, parent: Path | None, device: torch.device) -> tuple[VQVAE, Path]:
-    """The frozen VQ-VAE and its checkpoint: the copy in the run that is continued, else --vqvae.
+    """The frozen VQ-VAE and its checkpoint: the copy in the run being continued, or else --vqvae.
 
     Raises UserError.
     """
@@ -197,7 +197,7 @@ def open_vqvae(cfg: Config, parent: Path | None, device: torch.device) -> tuple[
 
 
 def write_assets(tokenizer, checkpoint: Path, folder: Path) -> None:
-    """Copy tokenizer and VQ-VAE into a run folder, so that the run does not depend on others."""
+    """Copy tokenizer and VQ-VAE into a run folder, so that it does not depend on other runs."""
     tokenizer.save_pretrained(folder / "tokenizer")
     target = folder / "vqvae" / "checkpoints" / checkpoint.name
     shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns("optimizer.pt"))
@@ -532,7 +532,7 @@ def main(cfg: Config) -> dict:
         if prompts:
             path = run / "samples" / f"{step:07d}.png"
             write_image_samples(cfg, path, model, vqvae, fmt, prompts)
-        # last: the evaluation is complete
+        # last: marks a complete evaluation
         metrics.row(step=step, val_loss=image, val_caption_loss=caption)
 
     assets = partial(write_assets, tokenizer, vqvae_checkpoint)

@@ -276,7 +276,7 @@ def main(cfg: Config) -> dict:
         shown = val_images[:12].to(device)
         rows = np.concatenate([to_uint8(shown), to_uint8(model.decode(model.encode(shown)))])
         image_grid(rows, columns=len(shown)).save(run / "samples" / f"{step:07d}.png")
-        metrics.row(step=step, **values)  # last: the evaluation is complete
+        metrics.row(step=step, **values)  # last: marks a complete evaluation
 
     batches = prefetch(read, first, steps, device)
     with training_loop(cfg, metrics, model, [adamw], state, evaluate_now) as after_step:

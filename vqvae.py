@@ -51,11 +51,11 @@ class VQVAEConfig:
             if value <= 0:
                 raise ValueError(f"model.{name} is {value}; it must be positive")
             limit = {"image_size": 4096, "n_blocks": 1000}.get(name, 65_536)
-            if value > limit:  # it would hang or overflow
+            if value > limit:  # more would hang or overflow
                 raise ValueError(f"model.{name} is {value}; it must be at most {limit}")
         if self.image_size < 11:
             raise ValueError(
-                f"model.image_size is {self.image_size}; it must be at least 11, the window of SSIM"
+                f"model.image_size is {self.image_size}; it must be at least 11, the SSIM window"
             )
         if self.image_size % self.downsample:
             below = self.image_size // self.downsample * self.downsample

@@ -21,11 +21,11 @@ STAGES = ("llm", "vqvae", "multimodal")
 
 
 class UserError(Exception):
-    """Wrong input: one line with the value, the place and a remedy that works."""
+    """An input error: one line with the value, the setting or file, and a remedy that works."""
 
 
 class HumanInt(int):
-    """An integer that may be written as 300k, 20M, 1B or 1e6; otherwise raises ValueError."""
+    """An integer that may be written as 300k, 20M, 1B or 1e6. Raises ValueError for other input."""
 
     def __new__(cls, value):
         if isinstance(value, str):
@@ -57,9 +57,9 @@ class RunConfig:
     run: str = "auto"
     """Name of the run; its folder is runs/NAME. auto: the stage and the current time."""
     resume: bool | str = False
-    """Continue --run from its newest checkpoint. A checkpoint folder instead starts the new run
-    --run from it, with the settings of the run that saved it; learning rates, weight decay and
-    schedule may differ, but not budget, batch, data or model."""
+    """Continue --run from its newest checkpoint. If set to a checkpoint folder, start the new run
+    --run from that checkpoint, with the settings of the run that saved it; learning rates, weight
+    decay and schedule may change, but not the budget, batch size, data or model."""
     seed: int = 0
     """Random seed of the initial weights, the data order and the samples."""
     eval_every: float = 0.25
@@ -85,8 +85,8 @@ class RunConfig:
     """Whether to log to Weights & Biases as well."""
 
 
-# Settings that may differ when a run is resumed: they do not change what is trained. Where the data
-# lies may differ because a run stores the hashes of its data.
+# Settings that may change when a run is resumed, because they do not affect training. The location
+# of the data may change because a run stores hashes of its data.
 MACHINE_KEYS = {
     "resume",
     "device",
@@ -122,8 +122,8 @@ def load_config(
 ):
     """A `config_class` from its defaults, then `--config FILE.yaml`, then flags in `argv`.
 
-    With `--resume`, the config.yaml of the run to continue comes before the file and the flags.
-    `prog` and the first paragraph of `description` head the help. Raises UserError.
+    With `--resume`, the config.yaml of the run to continue is applied before the file and the
+    flags. The help starts with `prog` and the first paragraph of `description`. Raises UserError.
     """
     description = (description or "").split("\n\n")[0]
     parser = ArgumentParser(
@@ -190,7 +190,7 @@ def check_file(path: Path, parser: ArgumentParser) -> None:
         groups = {action.dest.split(".")[0] for action in parser._actions if "." in action.dest}
         for group in groups & settings.keys():
             if not isinstance(settings[group], dict):
-                raise ValueError(f"{group} holds no settings")
+                raise ValueError(f"{group} contains no settings")
         types = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
         for name, value in flatten(settings).items():  # the parser accepts null for any type
             if value is None and type(None) not in get_args(types.get(name)):
@@ -198,7 +198,7 @@ def check_file(path: Path, parser: ArgumentParser) -> None:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"--config {path} cannot be read: {reason}; pass a YAML file with lines NAME: VALUE"
+            f"--config {path} cannot be read: {reason}; pass a YAML file of NAME: VALUE lines"
         ) from error
 
 
@@ -206,12 +206,12 @@ def read_yaml(path: Path) -> dict:
     """The settings in a YAML file. Raises OSError, ValueError, RecursionError or YAMLError."""
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
-        raise ValueError("it holds no settings")
+        raise ValueError("it contains no settings")
     return settings
 
 
 def one_line(message: str, parser: ArgumentParser) -> str:
-    """A parser's message as one line, with the closest setting if an unknown one was given."""
+    """A parser's message as one line; for an unknown setting, it suggests the closest one."""
     message = re.sub(r"Parser key \"(.*?)\":", r"--\1:", message)
     message = message.replace("Not of type HumanInt: ", "")
     message = re.sub(r"Does not validate against any.*?Errors:", "", message, flags=re.S)
@@ -228,7 +228,7 @@ def one_line(message: str, parser: ArgumentParser) -> str:
 
 # ---- entry point
 class Interrupted(KeyboardInterrupt):
-    """A signal other than SIGINT that asks the process to end."""
+    """Raised for a signal other than SIGINT that asks the process to stop."""
 
     def __init__(self, number: int):
         self.number = number
@@ -239,17 +239,18 @@ def raise_interrupted(number: int, frame) -> None:
 
 
 def stop_signals() -> list[int]:
-    """The signals that ask this process to end; SIGHUP is ignored under nohup."""
+    """The signals that ask this process to stop, except ignored ones (nohup ignores SIGHUP)."""
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def run_script(main, config_class=None, *, prog=None, description=None) -> None:
-    """Call `main` with the config from the command line, or with its words if there is no class.
+    """Call `main` with the config from the command line, or with sys.argv[1:] if `config_class` is
+    None.
 
-    A UserError becomes one line on standard error and exit code 2; SIGINT, SIGTERM and SIGHUP
-    clean up and exit with 128 + signal.
+    A UserError prints one line to standard error and exits with code 2. On SIGINT, SIGTERM and
+    SIGHUP, the script cleans up and exits with code 128 + the signal number.
     """
     for number in stop_signals():
         if number != signal.SIGINT:
@@ -263,11 +264,12 @@ def run_script(main, config_class=None, *, prog=None, description=None) -> None:
         stop(str(error), 2)
     except KeyboardInterrupt as error:
         stop("interrupted", 128 + getattr(error, "number", signal.SIGINT))
-    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         stop("interrupted: standard output was closed", 128 + 13)
     except OSError as error:
-        stop(f"{error.filename or 'a file'}: {error.strerror or error}; check path and disk", 2)
+        reason = f"{error.filename or 'a file'}: {error.strerror or error}"
+        stop(f"{reason}; check the path and the disk", 2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -284,7 +286,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def redact(text: str) -> str:
-    """The text without access tokens and passwords: those of the environment, and what looks so."""
+    """The text with access tokens and passwords redacted: those in the environment, and strings
+    that look like one.
+    """
     for name, value in os.environ.items():
         if re.search("TOKEN|KEY|SECRET|PASSWORD", name) and len(value) >= 8:
             text = text.replace(value, "[redacted]")
@@ -299,7 +303,7 @@ def stop(message: str, code: int):
 
 # ---- saved configs
 def to_plain(cfg) -> dict:
-    """The config as nested dicts of numbers and strings, for YAML and for comparing."""
+    """The config as nested dicts of numbers and strings, for YAML and for comparison."""
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
@@ -313,13 +317,13 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 
 def saved_config(run: Path) -> dict:
-    """The config.yaml of a run. Raises UserError if it is damaged or of an earlier version."""
+    """The config.yaml of a run. Raises UserError if it is damaged or from an earlier version."""
     path = run / "config.yaml"
     try:
         config = read_yaml(path)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged ({reason}); restore it as it was written") from error
+        raise UserError(f"{path} is damaged ({reason}); restore the original file") from error
     if "stage" not in config:
         raise UserError(
             f"{run} was made by an earlier version of this code ({made_by(run)}); "
@@ -327,8 +331,8 @@ def saved_config(run: Path) -> dict:
         )
     if config["stage"] not in STAGES:
         raise UserError(
-            f"{path} is damaged (stage {config['stage']!r} is none of {', '.join(STAGES)}); "
-            "restore it as it was written"
+            f"{path} is damaged (stage {config['stage']!r} is not one of {', '.join(STAGES)}); "
+            "restore the original file"
         )
     return config
 
@@ -373,7 +377,7 @@ def build_from_saved(config_class, values, run: Path):
         return config_class(**vars(parser.parse_object(values)))
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(
-            f"{run}/config.yaml does not describe the run ({one_line(str(error), parser)}); "
+            f"{run}/config.yaml is not valid ({one_line(str(error), parser)}); "
             f"restore it, or use the version that made it ({made_by(run)})"
         ) from error
 
@@ -389,13 +393,13 @@ def made_by(run: Path) -> str:
 
 # ---- checks
 def check_numbers(cfg) -> None:
-    """Raises UserError for a number that no tensor or seed can hold."""
+    """Raises UserError for a number that is not finite or does not fit in 64 bits."""
     for name, value in flatten(dataclasses.asdict(cfg)).items():
         if isinstance(value, int | float) and not abs(value) < 2**63:  # nan compares as false
             raise UserError(f"--{name} is {value}; use a finite number below 2^63")
 
 
-MAX_SETTING = 1e12  # of settings that are not integers: beyond it arithmetic overflows
+MAX_SETTING = 1e12  # limit for float settings; larger values overflow
 
 
 def check_positive(cfg, *names: str) -> None:
@@ -414,7 +418,7 @@ def check_fractions(cfg, *names: str) -> None:
 
 
 def check_range(cfg, name: str, good: bool, expected: str) -> None:
-    """Raises UserError unless the setting is good, finite and below MAX_SETTING."""
+    """Raises UserError if the setting is not `good`, not finite or above MAX_SETTING."""
     value = getattr(cfg, name)
     if not good:
         raise UserError(f"--{name} is {value}; it must {expected}")

@@ -61,7 +61,7 @@ def device_name(device: torch.device) -> str:
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory of this process in 10^9 bytes: GPU memory on a GPU, else its resident set.
 
-    Not a number where the system does not tell (Windows).
+    NaN if the system does not report it (Windows).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9

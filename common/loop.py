@@ -29,9 +29,9 @@ from common.run import checkpoints, open_run, origin, save_checkpoint, writing
 
 # ---- schedules
 def resolve_steps(cfg, budget: str, batch: str) -> int:
-    """Steps in the budget cfg.BUDGET at cfg.BATCH per step; fills in cfg.log_every.
+    """Number of steps in the budget cfg.BUDGET at cfg.BATCH per step; fills in cfg.log_every.
 
-    Raises UserError for settings that every script has and that are out of range.
+    Raises UserError if a setting that all scripts share is out of range.
     """
     check_positive(cfg, budget, batch)
     check_not_negative(cfg, "seed", "gpu_hourly_usd")
@@ -112,9 +112,10 @@ def print_setup(cfg, run: Path, first: int, origin: str = "from scratch", **line
 
 @contextmanager
 def warming_up(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
-    """Restore model and optimizers on exit, so that the steps that compile leave no trace.
+    """Restore model and optimizers on exit, so that steps run for compilation do not affect
+    training.
 
-    Raises UserError if they cannot be compiled.
+    Raises UserError if compilation fails.
     """
     parts = [model, *optimizers]
     before = [deepcopy(part.state_dict()) for part in parts]
@@ -147,7 +148,7 @@ def clipped_norm(model: nn.Module, limit: float = 0.0) -> Tensor:
 
 
 def state_norm(model: nn.Module, optimizers: list) -> Tensor:
-    """Norm () of all weights, buffers and optimizer state: not finite if one number is not."""
+    """Norm () of all weights, buffers and optimizer state; not finite if any value is not."""
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [value for state in states for value in state.values() if torch.is_tensor(value)]
@@ -157,10 +158,10 @@ def state_norm(model: nn.Module, optimizers: list) -> Tensor:
 def check_finite(
     cfg, step: int, lr: str, model: nn.Module, optimizers: list, *values: Tensor
 ) -> list[float]:
-    """The values, scalars that start with the loss and end with the gradient norm, as floats.
+    """The scalars `values` as floats; the first is the loss, the last the gradient norm.
 
-    Raises UserError if one of them, a weight or the optimizer state is not finite, so that the run
-    stops before the weights change. `lr` names the setting to lower.
+    Raises UserError if a value, a weight or the optimizer state is not finite, so that the run
+    stops before the weights change. `lr` is the name of the setting to lower.
     """
     norm = state_norm(model, optimizers).to(values[0].device)
     *numbers, weights = torch.stack([*values, norm]).tolist()
@@ -201,9 +202,9 @@ class Interrupt:
 
 
 class AfterStep:
-    """What happens after a step, in this order and with the clock stopped: it is recorded, then at
-    the intervals of cfg logged, saved and evaluated; if a signal asked for it, the run is saved
-    and stopped before the evaluation or right after it.
+    """Called after each step: records the step, then logs, saves and evaluates, in this order, at
+    the intervals in cfg and with the clock stopped. After a signal, saves and stops the run, either
+    before the evaluation or right after it.
     """
 
     def __init__(self, cfg, metrics: Metrics, model, optimizers, state: dict, evaluate):
@@ -262,9 +263,9 @@ def training_loop(
     """Lock the run, create its folder if it is new, and yield the function to call after a step:
     after_step(step, loss=, grad_norm=, lr=, **values).
 
-    `state` is what a checkpoint stores beside step and train_seconds; `assets` writes what a new
-    folder contains beside its config. A run that stopped between saving and evaluating is
-    evaluated first. A new folder is removed again if no step is completed.
+    `state` is what a checkpoint stores in addition to step and train_seconds; `assets` writes the
+    files of a new run folder other than its config. If the run stopped between saving and
+    evaluating, it is evaluated first. A new run folder is removed if no step completes.
     """
     run, first = metrics.run, state["step"]
     after_step = AfterStep(cfg, metrics, model, optimizers, state, evaluate)
@@ -295,7 +296,9 @@ def training_loop(
 
 
 def start_from(parent: Path, folder: Path, step: int) -> None:
-    """Copy what `parent` has up to `step`, beside its checkpoints, into a new run folder."""
+    """Copy the metrics of the run `parent`, and its best checkpoints up to `step`, into a new run
+    folder.
+    """
     shutil.copy(parent / "metrics.jsonl", folder)
     for best in checkpoints(parent, "best"):
         if int(best.name) <= step:
@@ -303,7 +306,7 @@ def start_from(parent: Path, folder: Path, step: int) -> None:
 
 
 def forget_later(run: Path, step: int) -> None:
-    """Remove a best checkpoint of a step that will be repeated."""
+    """Remove best checkpoints of steps that will be repeated."""
     for best in checkpoints(run, "best"):
         if int(best.name) > step:
             shutil.rmtree(best)

@@ -29,7 +29,7 @@ class Metrics:
     Nothing is written before open().
 
     Args:
-        state: of the run, from `resume`.
+        state: the state of the run, as returned by `resume`.
         steps: last step of the run.
         clock: measures training time; must be stopped when `log` and `finish` read it.
         unit, per_step: what the budget counts ("tokens", "images" or "sequences"), and how many
@@ -57,14 +57,14 @@ class Metrics:
         self.file = self.bar = self.wandb = None
 
     def open(self) -> None:
-        """Open metrics.jsonl, without rows of steps that will be repeated. Raises UserError."""
+        """Open metrics.jsonl and drop rows of steps that will be repeated. Raises UserError."""
         step, path = self.state["step"], self.run / "metrics.jsonl"
         kept = [json.dumps(row) + "\n" for row in read_metrics(self.run) if row["step"] <= step]
         text = "".join(kept).encode()
         if step and rows_sha256(text[: self.state["rows"]["bytes"]]) != self.state["rows"]:
             raise UserError(
-                f"{path} does not have the rows up to the checkpoint of step {step}; restore "
-                f"it, or delete {self.run} and train again"
+                f"{path} does not match the checkpoint of step {step}; restore it, or delete "
+                f"{self.run} and train again"
             )
         write_text(path, text.decode())
         self.file = path.open("a", buffering=1, encoding="utf-8")
@@ -75,7 +75,7 @@ class Metrics:
             self.wandb = open_wandb(self.run, self.cfg)
 
     def row(self, *, step: int, **values) -> None:
-        """Append a row of values at a step, with the part of the budget used so far."""
+        """Append a row of values at a step, with the amount of the budget used so far."""
         row = {"step": step, self.unit: step * self.per_step, **values}
         self.file.write(json.dumps(row) + "\n")
         if self.wandb:
@@ -109,9 +109,9 @@ class Metrics:
             print(text, flush=True)
 
     def sync(self) -> dict:
-        """Force the rows to disk, so that a checkpoint never has steps that metrics.jsonl lacks.
+        """Flush the rows to disk, so that metrics.jsonl has every step that a checkpoint covers.
 
-        Returns what a checkpoint stores of them: {"bytes", "sha256"}.
+        Returns what a checkpoint stores about the rows: {"bytes", "sha256"}.
         """
         os.fsync(self.file.fileno())
         return rows_sha256((self.run / "metrics.jsonl").read_bytes())
@@ -120,7 +120,7 @@ class Metrics:
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:
-            with suppress(OSError):  # of a full disk, which row() has reported
+            with suppress(OSError):  # a full disk, which row() has already reported
                 self.file.close()
         if self.wandb:
             self.wandb.finish()
@@ -177,14 +177,14 @@ def check_wandb(cfg) -> None:
         return
     reason = "there is no API key"
     try:
-        with redirect_stderr(io.StringIO()):  # it would add lines of its own
+        with redirect_stderr(io.StringIO()):  # wandb prints lines of its own
             if wandb.login(prompt=False):
                 return
     except Exception as error:  # wandb raises many exception types
         reason = str(error).splitlines()[0]
     raise UserError(
         f"--wandb is set, but {reason}; run `wandb login`, set WANDB_API_KEY, or set "
-        "WANDB_MODE=offline to log into the run folder"
+        "WANDB_MODE=offline to log to the run folder"
     )
 
 
@@ -201,7 +201,7 @@ def open_wandb(run: Path, cfg):
             name=cfg.run,
             id=file.read_text(),
             resume="allow",
-            dir=run.resolve(),  # its service has a working directory of its own
+            dir=run.resolve(),  # the wandb service has its own working directory
             config=to_plain(cfg),
         )
     except Exception as error:  # wandb raises many exception types
@@ -212,9 +212,9 @@ def open_wandb(run: Path, cfg):
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl, without a last one that a kill cut short.
+    """The rows of metrics.jsonl, except a last row that was truncated by a kill.
 
-    Raises UserError if another row is damaged.
+    Raises UserError if any other row is damaged.
     """
     path, rows = run / "metrics.jsonl", []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
@@ -226,7 +226,7 @@ def read_metrics(run: Path) -> list[dict]:
             if number == len(lines):
                 return rows
             raise UserError(
-                f"{path} is damaged in line {number}; restore it, or delete {run} and train again"
+                f"{path} is damaged at line {number}; restore it, or delete {run} and train again"
             ) from error
     return rows
 

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 
 # ---- folder
 def check_run(cfg) -> Path:
-    """The folder of cfg.run: a new one, or with cfg.resume one whose settings agree with cfg.
+    """The folder of cfg.run: a new one, or with --resume an existing one whose settings match cfg.
 
     Raises UserError.
     """
@@ -62,12 +62,12 @@ def check_run(cfg) -> Path:
         remedy = f"delete {run} and omit --resume" if run.exists() else "omit --resume"
         raise UserError(f"--resume: {run} has no config.yaml; to start a new run, {remedy}")
     check_same_settings(cfg, run, r"(?!run$).*")
-    lock_run(run).release()  # refuse now what would be refused after all preparation
+    lock_run(run).release()  # fail now rather than after data preparation
     return run
 
 
-# What a run that starts from a checkpoint of another one shares with it, as a regular expression:
-# what the step of the checkpoint counts and what its weights fit.
+# Settings (a regular expression) that a run started from another run's checkpoint must share with
+# it: they define what a step is and which model the weights fit.
 FIXED_IN_BRANCH = r"stage|tokens|images|sequences|batch_\w+|crop|text_frac|data\..*|model\..*"
 
 
@@ -90,7 +90,7 @@ def check_same_settings(cfg, run: Path, pattern: str) -> None:
 
 
 def branch_parent(cfg) -> Path:
-    """The run of the checkpoint cfg.resume. Raises UserError."""
+    """The run that saved the checkpoint cfg.resume. Raises UserError."""
     checkpoint = Path(cfg.resume)
     run = checkpoint.parent.parent
     if not checkpoint.is_dir() or not (run / "config.yaml").exists():
@@ -102,7 +102,7 @@ def branch_parent(cfg) -> Path:
 
 
 def origin(cfg, run: Path) -> Path | None:
-    """The run that cfg continues: `run` itself, that of the checkpoint cfg.resume, or None."""
+    """The run that cfg continues: `run`, the run of the checkpoint cfg.resume, or None."""
     if cfg.resume is True:
         return run
     return branch_parent(cfg) if cfg.resume else None
@@ -124,7 +124,7 @@ def lock_run(folder: Path) -> FileLock:
 
 
 def open_run(cfg, run: Path, assets: Callable[[Path], None]) -> FileLock:
-    """Lock the run, created with its config and what `assets` writes into a folder if it is new.
+    """Lock the run. If it is new, first create its folder with its config and what `assets` writes.
 
     A new folder appears under its name only when it is complete. Files that a killed process left
     half-written are removed. Raises UserError.
@@ -151,7 +151,7 @@ def open_run(cfg, run: Path, assets: Callable[[Path], None]) -> FileLock:
 
 def fill_run(cfg, folder: Path, assets: Callable[[Path], None]) -> None:
     """Write everything that a new run folder starts with."""
-    for leftover in folder.iterdir():  # of a process that was killed while it did this
+    for leftover in folder.iterdir():  # left by a process that was killed while writing it
         if leftover.name != ".lock":
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     (folder / "checkpoints").mkdir()
@@ -163,7 +163,7 @@ def fill_run(cfg, folder: Path, assets: Callable[[Path], None]) -> None:
 
 
 def write_environment(cfg, run: Path) -> None:
-    """Write env.json: the machine, the code and the command of this start of the run."""
+    """Write env.json: the machine, code and command of the process that starts or resumes a run."""
     env = {
         **git_state(),
         "torch": torch.__version__,
@@ -213,23 +213,23 @@ def write_text(path: Path, text: str) -> None:
         ) from error
 
 
-PATIENCE = 20.0  # seconds to wait for another process that prepares the same
+PATIENCE = 20.0  # seconds to wait for another process that builds the same folder
 
 
 @contextmanager
 def locked(path: Path, patience: float = -1) -> Iterator[None]:
-    """Hold a lock on a file or folder of the cache; waits for a process that holds it.
+    """Hold a lock on a file or folder in the cache; waits while another process holds it.
 
-    After `patience` seconds, if it is not negative, goes on without the lock. The lock is
-    .NAME.lock beside `path`. The system releases it when its process ends, however it ends, so
-    that a lock file left on disk blocks nobody.
+    If `patience` is not negative, continues without the lock after that many seconds. The lock file
+    is .NAME.lock next to `path`. The operating system releases the lock when the process ends for
+    any reason, so a lock file left on disk never blocks another process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"waiting for another process that prepares {path}", flush=True)
+        print(f"waiting for another process that is preparing {path}", flush=True)
         with suppress(Timeout):
             lock.acquire(timeout=patience)
     try:
@@ -242,8 +242,8 @@ def locked(path: Path, patience: float = -1) -> Iterator[None]:
 def building(folder: Path) -> Iterator[Path | None]:
     """A temporary folder to fill, which then becomes `folder`; None if `folder` exists.
 
-    `folder` is complete or absent. Two processes may build it at once: the second waits, and if
-    that takes long, as when the first is suspended, it builds the folder itself.
+    `folder` is complete or absent. If two processes build it at the same time, the second waits; if
+    the wait exceeds PATIENCE, for example because the first is suspended, it builds the folder too.
     """
     if folder.is_dir():
         yield None
@@ -257,7 +257,7 @@ def building(folder: Path) -> Iterator[Path | None]:
         try:
             tmp.mkdir()
             yield tmp
-            with suppress(OSError):  # another process has built it meanwhile
+            with suppress(OSError):  # another process has built it in the meantime
                 tmp.rename(folder)
             assert folder.is_dir(), f"{tmp} could not be renamed"
         finally:
@@ -265,18 +265,18 @@ def building(folder: Path) -> Iterator[Path | None]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what processes that are no longer alive left of building a folder."""
+    """Remove temporary folders that processes left when they died while building `folder`."""
     for tmp in folder.parent.glob(f".{folder.name}.*.tmp"):
         try:
-            os.kill(int(tmp.name.split(".")[-2]), 0)  # signal 0 only asks
+            os.kill(int(tmp.name.split(".")[-2]), 0)  # signal 0 only checks that it is alive
         except ProcessLookupError:
             shutil.rmtree(tmp, ignore_errors=True)
 
 
 def find_run(name: str) -> tuple[Path, Path, dict]:
-    """(run folder, checkpoint, config) of a run's name, its folder or one of its checkpoints.
+    """(run folder, checkpoint, config) for a run's name, its folder or one of its checkpoints.
 
-    "" stands for the newest run. The best weights are taken if the run keeps them, otherwise the
+    "" means the newest run. Of a run, uses the best checkpoint if there is one, otherwise the
     newest. Raises UserError.
     """
     if not name:
@@ -335,10 +335,10 @@ def save_checkpoint(
         hashes = {file.name: file_sha256(file) for file in sorted(tmp.iterdir())}
         hashes["state.json"] = sha256_of(state)
         write_text(tmp / "state.json", json.dumps(state | {"sha256": hashes}, indent=2))
-        if folder.exists():  # left by a run that was resumed from before it
+        if folder.exists():  # left by a run that was resumed from an earlier checkpoint
             folder.rename(folder.with_name(f".{folder.name}.old.tmp"))
         tmp.rename(folder)
-        for old in checkpoints(run, place)[:-keep]:  # a kill must not leave half a checkpoint
+        for old in checkpoints(run, place)[:-keep]:  # a kill must not leave a partial checkpoint
             old.rename(old.with_name(f".{old.name}.old.tmp"))
         remove_temporary(folder.parent)
 
@@ -354,20 +354,20 @@ def save_states(states: list[dict], path: Path) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what was not completed, or no longer needed, in a folder of checkpoints."""
+    """Remove incomplete and obsolete checkpoints from a folder of checkpoints."""
     for leftover in folder.glob(".*.tmp"):
         shutil.rmtree(leftover)
 
 
 @contextmanager
 def writing(run: Path, path: Path) -> Iterator[None]:
-    """Turn errors of writing `path` into a UserError that says how to continue the run."""
+    """Convert errors from writing `path` into a UserError that says how to continue the run."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         remove_temporary(path.parent)
-        kept, then = "", "start it again"
+        kept, then = "", "start the run again"
         if run.exists():
             then = f"continue with --run {run.name} --resume"
         if saved := checkpoints(run):
@@ -381,7 +381,7 @@ def writing(run: Path, path: Path) -> Iterator[None]:
 def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> dict:
     """Load a checkpoint folder into model and optimizers; returns its state.
 
-    Raises UserError, also if a file is not the one that was saved.
+    Raises UserError, including when a file has changed since it was saved.
     """
     names = ["model.safetensors", "optimizer.pt"][: 2 if optimizers else 1]
     run = folder.parent.parent
@@ -396,9 +396,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> di
         found = {name: file_sha256(folder / name) for name in names}
         for name, value in {**found, "state.json": sha256_of(state)}.items():
             if value != hashes[name]:
-                raise ValueError(f"the sha256 of {name} is not that in state.json")
+                raise ValueError(f"the sha256 of {name} differs from the one in state.json")
         if int(folder.name) != state["step"]:
-            raise ValueError(f"state.json is of step {state['step']}")
+            raise ValueError(f"state.json says step {state['step']}")
         weights = load_file(folder / "model.safetensors")
         moments = []
         if optimizers:
@@ -421,7 +421,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> di
         groups = [{**group} for group in optimizer.param_groups]
         optimizer.load_state_dict(saved_state)
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
-            group.update(settings)  # the rates of this run, not of the run it may come from
+            group.update(settings)  # this run's learning rates, even if it started from another run
     return state
 
 
@@ -439,7 +439,7 @@ def damage(folder: Path, error: Exception) -> str:
 
 
 # ---- resume
-INPUTS = {  # what a run was trained on: (what it is, the setting that names it)
+INPUTS = {  # what a run is trained on: (its name in messages, the setting that selects it)
     "train": ("training data", "--data.source"),
     "val": ("validation data", "--data.val_source or --data.source"),
     "tokenizer": ("tokenizer", "the run's tokenizer folder"),
@@ -453,8 +453,8 @@ def resume(cfg, run: Path, model: nn.Module, optimizers: list, inputs: dict[str,
 
     The state has step, train_seconds, `inputs` (hashes of what the run is trained on), `recipe`
     (hash of its settings) and `code` (every version of the code that trained it, with its first
-    step). Raises UserError if the checkpoint was trained on other inputs or, in the same run, with
-    other settings.
+    step). Raises UserError if the checkpoint was trained on different inputs or, when continuing
+    the same run, with different settings.
     """
     settings = flatten(to_plain(cfg)).items()
     recipe = sha256_of({k: v for k, v in settings if k not in MACHINE_KEYS and k != "run"})
@@ -472,14 +472,14 @@ def resume(cfg, run: Path, model: nn.Module, optimizers: list, inputs: dict[str,
                 )
         if cfg.resume is True and state["recipe"] != recipe:
             raise UserError(
-                f"{run}/config.yaml or {folder} was changed since it was saved; restore it, or "
+                f"{run}/config.yaml or {folder} has changed since it was saved; restore it, or "
                 "train again under another --run"
             )
     return state | {"inputs": inputs, "recipe": recipe, "code": code_history(state)}
 
 
 def code_history(state: dict) -> list[dict]:
-    """The versions of the code that trained a run, each with the step before its first one."""
+    """The versions of the code that trained a run, each with the last step before it."""
     history, now = state["code"], git_state()
     if history and history[-1]["code_sha256"] == now["code_sha256"]:
         return history

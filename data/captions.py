@@ -75,8 +75,9 @@ def label_caption(name: str, rng: np.random.Generator) -> str:
 
 
 def caption(data: ImageDataset | ShapesDataset, index: int, epoch: int) -> str:
-    """Caption of an image: from its class label, different in each epoch, or else its own, one of
-    several in each epoch.
+    """Caption of an image in an epoch: made from its class label, or else its own caption.
+
+    The template for a label, or one of several captions, is chosen at random in each epoch.
     """
     if isinstance(data, ShapesDataset):
         return shapes.scene(data.seed, index).caption
@@ -88,8 +89,8 @@ def caption(data: ImageDataset | ShapesDataset, index: int, epoch: int) -> str:
 
 
 def caption_tokenizer(cfg, data: ImageDataset | ShapesDataset, saved: Path | None = None):
-    """The tokenizer in the folder `saved` or else cfg.tokenizer; a bpe-N is trained on captions of
-    the data. Raises UserError.
+    """The tokenizer in the folder `saved`, or else cfg.tokenizer; bpe-N is trained on the captions
+    of the data. Raises UserError.
     """
 
     def texts() -> Iterator[str]:
@@ -100,11 +101,11 @@ def caption_tokenizer(cfg, data: ImageDataset | ShapesDataset, saved: Path | Non
 
 # ---- image tokens
 class ImageTokenCache:
-    """Image tokens by row in a sparse file, encoded when first requested.
+    """Image tokens in a sparse file, one row per image and epoch, encoded when first requested.
 
-    A row is its tokens as uint16 and their crc32. A row without a valid crc32 was never written,
-    was cut off by a kill or is damaged, and is encoded again; a hole of zeros has none. Processes
-    may share the file. Raises UserError if it cannot be read or written.
+    A row is the tokens as uint16, followed by their crc32. A row without a valid crc32 was never
+    written (it reads as zeros), was truncated by a kill or is damaged; it is encoded again.
+    Processes may share the file. Raises UserError if it cannot be read or written.
     """
 
     def __init__(self, cache_dir: str, key: dict, n_image_tokens: int):
@@ -115,7 +116,7 @@ class ImageTokenCache:
             self.path.touch()
 
     def get(self, rows: Sequence[int], encode: Callable[[list[int]], Tensor]) -> Tensor:
-        """Image tokens int64 (N, n_image_tokens) of rows; encode(rows) makes those not stored."""
+        """Image tokens int64 (N, n_image_tokens) of rows; encode(rows) computes missing ones."""
         with writing(self.path), self.path.open("rb") as file:
             found = {row: self.load(file, row) for row in rows}
         missing = [row for row, tokens in found.items() if tokens is None]
@@ -186,8 +187,8 @@ def tokenized(
 ) -> TokenizedImages:
     """TokenizedImages, with a cache if `cached`.
 
-    `encoder` must state everything that determines `encode`: the VQ-VAE's weights and config, and
-    what it computes in.
+    `encoder` must contain everything that determines the output of `encode`: the VQ-VAE's weights
+    and config, its compute dtype and its device.
     """
     cache = None
     if cached:

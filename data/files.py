@@ -1,6 +1,6 @@
 """Local files of text and image sources: finding them, their splits, and reading them.
 
-Files are read in flat memory, and every error names its file.
+Files are read in constant memory, and every error names the file.
 """
 
 import bz2
@@ -38,12 +38,12 @@ COMPRESSED = {
 }
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it starts with
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose byte order mark is a prefix of this one
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-PARQUET_BATCH = 64  # records decoded at a time: flat memory also with long texts or large images
+PARQUET_BATCH = 64  # records decoded at a time: bounds memory even for long texts or large images
 
 
 # ---- finding files
@@ -72,7 +72,7 @@ def walk(folder: Path) -> list[Path]:
 
 
 def check_regular(file: Path) -> None:
-    """Raises UserError if a path is a folder, a pipe or a broken link; reading could hang."""
+    """Raises UserError if a path is not a regular file; reading a pipe, for example, could hang."""
     if not file.exists():
         problem = "is a broken symbolic link" if file.is_symlink() else "does not exist"
         raise UserError(f"{file} {problem}; remove or restore it")
@@ -81,17 +81,17 @@ def check_regular(file: Path) -> None:
 
 
 def split_name(file: Path) -> str | None:
-    """The split that a file's own name states ("train", "val" or "test"), if any."""
+    """The split that a file is named after ("train", "val" or "test"), if any."""
     match = SPLIT_STEM.fullmatch(file.name.partition(".")[0].lower())
     return SPLITS[match[1]] if match else None
 
 
 def split_files(files: list[Path], root: Path) -> dict[str, list[Path]]:
-    """Files of each split, "train" and "val" or "test" or both; {} if the files are one set.
+    """Files of each split: "train", and "val" or "test" or both; {} if the files have no splits.
 
     Top-level folders train, test, validation, val, valid and dev of `root` are splits if together
     they hold every file. Parquet and JSON files may also be named after their split, followed only
-    by numbers or hashes. Raises UserError if only some of the files are named so.
+    by numbers or hashes. Raises UserError if only some of the files are named after a split.
     """
     tops = [file.relative_to(root).parts[:-1][:1] for file in files]
     by_folder = [SPLITS.get(top[0].lower()) if top else None for top in tops]
@@ -134,7 +134,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def named_errors(file: Path) -> Iterator[None]:
-    """Turn what reading a file raises into a UserError that names it."""
+    """Convert errors from reading a file into a UserError that names the file."""
     try:
         yield
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
@@ -147,7 +147,7 @@ def named_errors(file: Path) -> Iterator[None]:
 def parquet_records(file: Path, columns: list[str]) -> Iterator[dict]:
     """Records {column: value} of a parquet file, with those of `columns` that the file has.
 
-    Bytes of strings that are not UTF-8 become U+FFFD. Raises UserError, which names the file.
+    Bytes in strings that are not valid UTF-8 become U+FFFD. Raises UserError, which names the file.
     """
     check_regular(file)
     with named_errors(file), pq.ParquetFile(file) as parquet:
@@ -191,9 +191,9 @@ def open_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
 
 
 def json_records(file: Path) -> Iterator:
-    """Values of a file of JSON lines, or of one array or object that starts on a line of its own.
+    """Values in a JSON Lines file, or in a file that is one JSON array or one multi-line object.
 
-    Raises UserError, which names file and line.
+    Raises UserError, which names the file and line.
     """
     with open_text(file, newline="\n") as lines:
         for number, line in enumerate(lines, 1):
@@ -205,7 +205,7 @@ def json_records(file: Path) -> Iterator:
 
 
 def parse_json(text: str, file: Path, number: int):
-    """The value of JSON text that starts at a line of a file. Raises UserError."""
+    """The value of a JSON text that starts at line `number` of a file. Raises UserError."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -217,7 +217,7 @@ def parse_json(text: str, file: Path, number: int):
 
 
 def text_blocks(file: Path, size: int) -> Iterator[str]:
-    """The text of a file in blocks of `size` characters; line ends become \\n.
+    """The text of a file in blocks of `size` characters; line endings become \\n.
 
     Raises UserError, which names the file.
     """

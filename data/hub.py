@@ -1,7 +1,7 @@
-"""The Hugging Face hub: downloads that survive faults, and errors whose remedy fits their cause.
+"""The Hugging Face hub: downloads with retries, and a specific error message for each failure.
 
-Only this module uses the network. A request that fails for a transient reason is retried below the
-hub's libraries, so that they keep their place in a file or a stream.
+Only this module uses the network. A request that fails with a transient error is retried in the
+HTTP client, below the hub's libraries, so that they keep their position in a file or a stream.
 """
 
 import itertools
@@ -30,8 +30,8 @@ from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
 from common.config import UserError
 from data.files import first_line
 
-SHUFFLE_BUFFER = 10_000  # records a stream is shuffled through: corpora are sorted by origin
-STREAM_BATCH = 100  # records taken at a time: few enough to have the first ones soon
+SHUFFLE_BUFFER = 10_000  # records in a stream's shuffle buffer; corpora are sorted by origin
+STREAM_BATCH = 100  # records read at a time: few, so that the first ones arrive quickly
 MAX_WAIT = 16.0  # seconds between two attempts, unless the hub asks for more
 TRANSIENT_ERRORS = (
     httpx2.TimeoutException,
@@ -39,7 +39,7 @@ TRANSIENT_ERRORS = (
     httpx2.RemoteProtocolError,
     httpx2.ProxyError,
     httpx2.DecodingError,
-    json.JSONDecodeError,  # an answer that was cut
+    json.JSONDecodeError,  # a truncated response
 )
 TOKENIZER_FILES = [
     "tokenizer*",
@@ -62,11 +62,11 @@ T = TypeVar("T")
 
 # ---- retries
 def retrying(action: Callable[[], T], what: str, seconds: float) -> T:
-    """The result of action(), repeated while it fails for a transient reason.
+    """The result of action(), retried while it fails with transient errors.
 
-    Waits grow exponentially, with jitter; a wait that the hub asks for is kept. Each retry prints a
-    line. Raises the last error if it is permanent, after `seconds` of failures, or at once if the
-    hub asks for a longer wait.
+    Uses exponential backoff with jitter, and waits at least as long as the hub asks. Each retry
+    prints a line. Raises the last error if it is not transient, after `seconds` of failures, or at
+    once if the hub asks for a wait beyond that.
     """
     deadline = None
     for attempt in itertools.count(1):
@@ -90,7 +90,7 @@ def retrying(action: Callable[[], T], what: str, seconds: float) -> T:
 def hub_cause(error: Exception) -> Exception:
     """The error of the hub client that caused an error, or the error itself."""
     link = error
-    while link is not None and not isinstance(link, UserError):  # its cause was retried before
+    while link is not None and not isinstance(link, UserError):  # a UserError was already retried
         if isinstance(link, httpx2.HTTPError | OfflineModeIsEnabled):
             return link
         link = link.__cause__
@@ -98,7 +98,7 @@ def hub_cause(error: Exception) -> Exception:
 
 
 def http_status(error: Exception) -> int | None:
-    """The status code of the response that an error stands for, None if there was no response."""
+    """The HTTP status code of an error, None if there was no response."""
     response = getattr(error, "response", None)
     return None if response is None else response.status_code
 
@@ -109,12 +109,12 @@ def is_transient(error: Exception) -> bool:
     status = http_status(error)
     if status is not None:
         return status in (408, 429) or status >= 500
-    # the hub client's words for a file of the wrong size
+    # the hub client's message for a file of the wrong size
     return isinstance(error, TRANSIENT_ERRORS) or "Consistency check failed" in str(error)
 
 
 def requested_wait(error: Exception) -> float:
-    """Seconds that the hub asks to wait before the next request, 0 if it does not say."""
+    """Seconds that the hub asks clients to wait before the next request, 0 if it does not say."""
     response = getattr(hub_cause(error), "response", None)
     if response is None:
         return 0.0
@@ -126,22 +126,22 @@ def requested_wait(error: Exception) -> float:
 
 
 def describe(error: Exception) -> str:
-    """What went wrong with a request, in a few words without an address."""
+    """What went wrong with a request, in a few words and without a URL."""
     error = hub_cause(error)
     if http_status(error) is not None:
         return f"{error.response.status_code} {error.response.reason_phrase}".strip()
     if isinstance(error, httpx2.TimeoutException):
-        return f"no answer within {constants.HF_HUB_DOWNLOAD_TIMEOUT} s"
+        return f"no response within {constants.HF_HUB_DOWNLOAD_TIMEOUT} s"
     if isinstance(error, json.JSONDecodeError):
-        return "incomplete answer"
+        return "incomplete response"
     return first_line(error)
 
 
 class HubClient(httpx2.Client):
-    """HTTP client of the hub's libraries: finite timeouts, and retries of each request.
+    """HTTP client of the hub's libraries, with finite timeouts and retries for each request.
 
-    A request that fails for `seconds` raises UserError, which the libraries neither retry nor take
-    for a missing file.
+    A request that keeps failing for `seconds` raises UserError, which the libraries neither retry
+    nor mistake for a missing file.
     """
 
     seconds = 60.0
@@ -184,13 +184,13 @@ class HubClient(httpx2.Client):
 
 
 huggingface_hub.set_client_factory(HubClient)
-huggingface_hub.utils.logging.set_verbosity_error()  # its own lines about retries name addresses
+huggingface_hub.utils.logging.set_verbosity_error()  # its own messages about retries contain URLs
 
 
 def repository(path: str) -> tuple[str, str]:
-    """("data source" or "tokenizer", OWNER/NAME) of the repository that a URL's path is about.
+    """("data source" or "tokenizer", OWNER/NAME) of the repository in a URL's path.
 
-    The name is empty if it is about none.
+    The name is empty if there is none.
     """
     name = "([^/]+/[^/]+)"
     match = re.search(f"/api/(datasets|models)/{name}|/(datasets)?/?{name}/resolve/", path)
@@ -201,7 +201,7 @@ def repository(path: str) -> tuple[str, str]:
 
 
 def from_hub(action: Callable[[], T], kind: str, name: str, seconds: float) -> T:
-    """action(), whose requests to the hub are retried for `seconds` each. Raises UserError."""
+    """The result of action(); its hub requests are retried for `seconds` each. Raises UserError."""
     HubClient.seconds = seconds
     try:
         return retrying(action, name, seconds)
@@ -219,9 +219,9 @@ def hub_error(error: Exception, kind: str, name: str) -> UserError:
     status = http_status(error)
     repo, _, config = name.partition(":")
     configs = re.search(r"(?:Available|available configs): (\[.*\])", str(error))
-    again = f"try again later, which keeps what was prepared, or {remedy}"
+    again = f"try again later (prepared data is kept), or {remedy}"
     if is_offline_mode():
-        problem = "it is no folder here, it is not cached, and HF_HUB_OFFLINE forbids downloads"
+        problem = "it is neither a local folder nor cached, and HF_HUB_OFFLINE prevents downloads"
         remedy = f"unset HF_HUB_OFFLINE, or {remedy}"
     elif configs:
         problem = f"it has no config {config!r}" if config else "it has several configs"
@@ -232,23 +232,23 @@ def hub_error(error: Exception, kind: str, name: str) -> UserError:
         folder = "datasets/" if kind == "data source" else ""
         remedy = f"accept its terms at {constants.ENDPOINT}/{folder}{repo} and {LOG_IN}"
     elif isinstance(error, RevisionNotFoundError):
-        problem = "its revision that was prepared is no longer on the hub"
-        remedy = "pass another --data.cache to prepare the current one"
+        problem = "the revision that was prepared is no longer on the hub"
+        remedy = "pass another --data.cache to prepare the current revision"
     elif status == 401 and "credentials" in str(error):
         problem = "the hub does not accept your access token"
         remedy = "log in again (`hf auth login`), or correct or unset HF_TOKEN"
     elif status in (401, 404):
-        problem = f"there is no folder {repo} here, and the hub has none that you may read"
+        problem = f"{repo} is neither a local folder nor a hub repository that you can access"
         remedy = f"check the name, {LOG_IN}, or {remedy}"
     elif status == 403:
-        problem, remedy = "the hub denies access to it (403)", f"{LOG_IN} as a user who may read it"
+        problem, remedy = "the hub denies access to it (403)", f"{LOG_IN} as a user with access"
     elif status == 429:
         wait = requested_wait(error)
-        problem = "the hub limits the rate of your requests (429)"
+        problem = "the hub is rate-limiting your requests (429)"
         remedy = f"wait {wait:.0f} s" if wait else "wait a few minutes"
-        remedy = f"{remedy} and try again, which keeps what was prepared, or {LOG_IN} for more"
+        remedy = f"{remedy} and try again (prepared data is kept), or {LOG_IN} for a higher limit"
     elif status is not None and status >= 500:
-        problem, remedy = f"the hub keeps answering {problem}", again
+        problem, remedy = f"the hub keeps responding with {problem}", again
     elif isinstance(error, httpx2.ConnectError):
         problem = f"no connection to {constants.ENDPOINT} ({problem})"
         remedy = f"check the network; {again}"
@@ -275,8 +275,8 @@ def hub_revisions(names: Iterable[str], seconds: float) -> dict[str, str]:
 def hub_stream(name: str, revision: str | None, seconds: float) -> Iterator[dict]:
     """Records of the split "train" of a hub dataset NAME or NAME:CONFIG, shuffled with seed 0.
 
-    The order depends only on the arguments: neither faults nor what is in a cache change it. Raises
-    UserError.
+    The order depends only on the arguments, not on failed requests or on the contents of a cache.
+    Raises UserError.
     """
     import datasets
 
@@ -286,7 +286,7 @@ def hub_stream(name: str, revision: str | None, seconds: float) -> Iterator[dict
 
     def open_stream() -> Iterator[dict]:
         options = {"split": "train", "streaming": True, "revision": revision}
-        # an empty cache, because `datasets` replaces what it cannot reach by what it has cached
+        # an empty cache, because `datasets` falls back to cached data if it cannot reach the hub
         with tempfile.TemporaryDirectory() as cache:
             dataset = datasets.load_dataset(repo, config or None, cache_dir=cache, **options)
         shuffled = dataset.shuffle(seed=0, buffer_size=SHUFFLE_BUFFER)
@@ -298,7 +298,7 @@ def hub_stream(name: str, revision: str | None, seconds: float) -> Iterator[dict
             stream = stream or open_stream()
             return list(itertools.islice(stream, STREAM_BATCH))
         except BaseException:
-            stream = None  # a stream that failed would seem to have ended
+            stream = None  # after an error, the stream would appear to be exhausted
             raise
 
     batch = from_hub(next_batch, "data source", name, seconds)
@@ -311,8 +311,8 @@ def hub_stream(name: str, revision: str | None, seconds: float) -> Iterator[dict
 def hub_splits(name: str, seconds: float):
     """All splits of a hub dataset NAME or NAME:CONFIG, as a datasets.DatasetDict.
 
-    What `datasets` has cached is not downloaded again; offline, its newest copy is used. Raises
-    UserError.
+    Data that `datasets` has cached is not downloaded again; offline, the newest cached copy is
+    used. Raises UserError.
     """
     import datasets
 
@@ -323,11 +323,11 @@ def hub_splits(name: str, seconds: float):
     def download():
         builder = datasets.load_dataset_builder(repo, config or None, revision=revision)
         if revision is None:
-            print(f"hub: offline; using {name} as cached in {builder.cache_dir}")
-        elif builder.hash != revision:  # `datasets` replaced what it could not reach
+            print(f"hub: offline; using the copy of {name} in {builder.cache_dir}")
+        elif builder.hash != revision:  # `datasets` fell back to a cached revision
             raise UserError(
                 f"data source {name} cannot be read from the hub, and the cache has only another "
-                "revision; try again later, or set HF_HUB_OFFLINE=1 to use that"
+                "revision; try again later, or set HF_HUB_OFFLINE=1 to use the cached one"
             )
         builder.download_and_prepare()
         return builder.as_dataset()
@@ -345,7 +345,7 @@ def hub_tokenizer(name: str, seconds: float) -> Path:
     def find() -> Path:
         with suppress(LocalEntryNotFoundError):
             folder = Path(download(local_files_only=True))
-            # an interrupted download may lack them
+            # an interrupted download may lack these files
             if (folder / "tokenizer.json").exists() and (folder / "tokenizer_config.json").exists():
                 return folder
         return Path(download())

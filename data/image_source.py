@@ -46,7 +46,7 @@ SUFFIXES = {s for s, format in Image.registered_extensions().items() if format i
 class Records:
     """One split of a source.
 
-    `read` yields (name, encoded image, caption or label) of each of the n images; an encoded image
+    `read` yields (name, encoded image, caption or label) for each of the n images; an encoded image
     is a path, bytes, or a struct of bytes and path. `column` is the column of captions or labels,
     None if there is none. `classes` are the class names if captions are made from labels.
     """
@@ -69,14 +69,14 @@ def source_files(source: str) -> list[Path]:
     is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+(:.+)?", source) and not path.exists()
     if not files and (not is_hub_name or path.suffix.lower() in {".parquet", *SUFFIXES}):
         raise UserError(
-            f"data source {source} is neither a file or folder with files here nor a hub dataset "
-            "OWNER/NAME; check the path"
+            f"data source {source} matches no local files and is not a hub dataset OWNER/NAME; "
+            "check the path"
         )
     return files
 
 
 def open_source(source: str, retry_seconds: float) -> tuple[dict[str, Records], list[str]]:
-    """The splits of a source, and lines about what is not used of it. Raises UserError."""
+    """The splits of a source, and notes about files and columns not used. Raises UserError."""
     files = source_files(source)
     if not files:
         return hub_source(source, retry_seconds)
@@ -98,12 +98,12 @@ def open_source(source: str, retry_seconds: float) -> tuple[dict[str, Records], 
     if not images and not parquet:
         raise UserError(
             f"data source {source} holds neither images nor .parquet files, only files like "
-            f"{files[0]}; pass a folder of images, with archives unpacked, or .parquet files"
+            f"{files[0]}; pass a folder of images (unpack archives first) or .parquet files"
         )
     notes = []
     if ignored:
         notes.append(
-            f"{source}: {count(len(ignored), 'file')} ignored, not of images, such as {ignored[0]}"
+            f"{source}: {count(len(ignored), 'non-image file')} ignored, such as {ignored[0]}"
         )
     if images:
         splits, more = folder_source(source, path, images, metadata)
@@ -118,7 +118,7 @@ def count(n: int, noun: str) -> str:
 
 
 def hub_source(name: str, retry_seconds: float) -> tuple[dict[str, Records], list[str]]:
-    """Splits of a hub dataset, as open_source."""
+    """Splits of a hub dataset and notes, as in open_source."""
     splits = hub_splits(name, retry_seconds)
     image, caption, classes, notes = find_columns(name, next(iter(splits.values())).features)
 
@@ -136,14 +136,14 @@ def hub_source(name: str, retry_seconds: float) -> tuple[dict[str, Records], lis
 
 
 def parquet_source(source: str, files: list[Path]) -> tuple[dict[str, Records], list[str]]:
-    """Splits of .parquet files, as open_source."""
+    """Splits of .parquet files and notes, as in open_source."""
     found = []
     for file in files:
         found.append(find_columns(str(file), column_types(file)))
         if found[-1][:3] != found[0][:3]:
             raise UserError(
-                f"{file} has other columns of images or captions, or other class names, than "
-                f"{files[0]}; pass files with the same columns"
+                f"{file} has different image or caption columns or class names than {files[0]}; "
+                "pass files with the same columns"
             )
     image, caption, classes, notes = found[0]
 
@@ -176,9 +176,9 @@ def column_types(file: Path) -> datasets.Features:
 def folder_source(
     source: str, root: Path, images: list[Path], metadata: list[Path]
 ) -> tuple[dict[str, Records], list[str]]:
-    """Splits of a folder of images, as open_source.
+    """Splits of a folder of images and notes, as in open_source.
 
-    Captions come from metadata files; without them, classes are the folders that hold the images.
+    Captions come from metadata files; without them, the folders that hold the images are classes.
     """
     notes, classes = [], None
     splits = split_files(images, root) or {"train": images}
@@ -187,8 +187,8 @@ def folder_source(
         n_unnamed = len({*images} - {image for image, _ in rows})
         if n_unnamed:
             notes.append(
-                f"{source}: {count(n_unnamed, 'image')} not used, not named in "
-                f"{' or '.join(sorted({file.name for file in metadata}))}"
+                f"{source}: {count(n_unnamed, 'image')} ignored (not listed in "
+                f"{' or '.join(sorted({file.name for file in metadata}))})"
             )
     else:
         if metadata:
@@ -199,8 +199,8 @@ def folder_source(
         if len(names) > 1 and len(depths) > 1:
             deepest, shallowest = (images[folders.index(f(folders, key=len))] for f in (max, min))
             notes.append(
-                f"{source}: no class labels, because images lie at different depths, such as "
-                f"{shallowest} and {deepest}"
+                f"{source}: no class labels, because images are at different folder depths, such "
+                f"as {shallowest} and {deepest}"
             )
         elif len(names) > 1:
             column, classes = "label", names
@@ -217,8 +217,8 @@ def folder_source(
 
 
 def read_metadata(files: list[Path], images: set[Path]) -> tuple[str | None, list[tuple]]:
-    """The caption column of metadata files and (image, caption) of their lines; None without
-    captions. Raises UserError for a line that names no image.
+    """The caption column of metadata files, None if there is none, and (image, caption) of each
+    line. Raises UserError for a line that does not name an image.
     """
     lines = [(file, line) for file in files for line in metadata_lines(file)]
     column = next((c for c in CAPTION_COLUMNS if any(c in line for _, line in lines)), None)
@@ -267,17 +267,17 @@ def is_text(feature) -> bool:
 
 
 def find_columns(source: str, types: dict) -> tuple[str, str | None, list[str] | None, list[str]]:
-    """The columns of images and of captions, class names if captions are labels, and lines about
-    columns that could have been taken as well.
+    """The image column, the caption column, class names if captions are labels, and notes about
+    other columns that could have been used.
 
-    Images: the first column of images. Captions: text, caption, captions, then the first column of
-    class labels. Raises UserError.
+    Images: the first image column. Captions: the first of text, caption and captions, else the
+    first column of class labels. Raises UserError.
     """
     images = [name for name in types if is_image(name, types[name])]
     if not images:
         raise UserError(
-            f"data source {source} has no column of images, only {', '.join(types)}; pass a source "
-            "that holds images"
+            f"data source {source} has no image column, only {', '.join(types)}; pass a source "
+            "that has one"
         )
     labels = [name for name in types if isinstance(types[name], datasets.ClassLabel)]
     texts = [name for name in CAPTION_COLUMNS if name in types and name not in labels]
@@ -292,7 +292,7 @@ def find_columns(source: str, types: dict) -> tuple[str, str | None, list[str] |
     notes = []
     if len(images) > 1 or len(captions) > 1:
         notes.append(
-            f"{source}: images are column {image!r}, captions {caption!r}; not used: "
+            f"{source}: image column {image!r}, caption column {caption!r}; not used: "
             f"{', '.join(map(repr, images[1:] + captions[1:]))}"
         )
     return image, caption, types[caption].names if caption in labels else None, notes
@@ -312,8 +312,8 @@ def read_caption(value, records: Records, name: str) -> str | list[str] | int | 
         is_valid = texts and all(isinstance(text, str) and text.strip() for text in texts)
     if not is_valid:
         raise UserError(
-            f"image {name} has {value!r} in column {records.column!r}, not a caption or the number "
-            "of a class; add a caption or remove the image"
+            f"image {name} has {value!r} in column {records.column!r}, not a caption or a class "
+            "number; add a caption or remove the image"
         )
     if records.classes:
         return value
@@ -324,7 +324,7 @@ def read_caption(value, records: Records, name: str) -> str | list[str] | int | 
 # ---- decoding
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Turn what reading an image raises into a UserError that names it."""
+    """Convert errors from reading an image into a UserError that names the image."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -351,7 +351,7 @@ def open_image(encoded) -> Image.Image:
 
 
 def decode_image(encoded, name: str) -> Image.Image:
-    """RGB image, its first frame, in the orientation that EXIF states. Raises UserError."""
+    """The first frame as an RGB image, with EXIF orientation applied. Raises UserError."""
     with readable(name), open_image(encoded) as image:
         scale_transparency(image)
         image.load()
@@ -360,10 +360,10 @@ def decode_image(encoded, name: str) -> Image.Image:
 
 
 def scale_transparency(image: Image.Image) -> None:
-    """Scale the transparent gray of a PNG of 2 or 4 bits as Pillow scales its pixels.
+    """Scale the transparent gray value of a 2-bit or 4-bit PNG as Pillow scales its pixels.
 
-    Raises ValueError for 16-bit color, of which Pillow keeps 8 bits: it would take similar colors
-    for the transparent one.
+    Raises ValueError for 16-bit color: Pillow keeps only 8 bits, so colors that are similar to the
+    transparent one would become transparent too.
     """
     if image.format != "PNG" or "transparency" not in image.info:
         return
@@ -382,7 +382,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     | 1, L, P, RGB, RGBX, CMYK, YCbCr, HSV | Pillow's |
     | LA, PA, La, RGBA, RGBa, or a transparent color | composited on white |
     | I;16, I;16L, I;16B, I;16N; I of PNG and PPM | gray from 0 to 65535 (12-bit TIFF: to 4095) |
-    | other I, F, LAB, any other | refused: their range or colors are not known |
+    | other I, F, LAB, any other | rejected: value range or color space not known |
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return gray_to_rgb(image)
@@ -398,7 +398,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def gray_to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of 16-bit gray; a transparent gray becomes white."""
+    """16-bit grayscale as RGB; the transparent gray value becomes white."""
     tags = getattr(image, "tag_v2", {})  # of TIFF
     limit = 2 ** tags.get(258, (16,))[0] - 1  # bits per sample
     values = np.asarray(image).astype(np.float64)  # (H, W)
@@ -410,7 +410,7 @@ def gray_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def content_key(image: Image.Image) -> bytes:
-    """Hash of the size and pixels of a whole RGB image: equal images have equal keys, whatever
-    their files and whatever side they are stored at.
+    """Hash of the size and pixels of an RGB image before cropping: equal images have equal keys,
+    regardless of their file format and of the side they are stored at.
     """
     return hashlib.blake2b(image.tobytes(), digest_size=16, salt=b"%dx%d" % image.size).digest()

@@ -1,9 +1,9 @@
 """Image data: source -> small square images on disk -> batches in [-1, 1].
 
 Images are decoded and cropped square once, and stored as raw uint8. Validation images are prepared
-first, and training leaves out every image that is one of them, whatever its file or source. The
-augmentation of an image in an epoch is a pure function of (index, epoch), so resuming is exact and
-image tokens can be cached.
+first, and images with the same pixels are excluded from training, whatever their file or source.
+The augmentation of an image in an epoch is a pure function of (index, epoch), so resuming is exact
+and image tokens can be cached.
 """
 
 import hashlib
@@ -48,27 +48,27 @@ class ImageConfig:
     """Images and captions."""
 
     source: str = "uoft-cs/cifar10"
-    """Training images: a hub dataset NAME or NAME:CONFIG; a folder of .parquet files or of images
-    (in class folders, or with captions in metadata.csv, .jsonl or .parquet); a path or glob of
-    .parquet files; or `shapes` (scenes of colored shapes with captions, rendered as needed).
-    Parquet files need a column of images; captions are in a column text, caption or captions (one
-    string, or several of which each epoch takes one) or, without it, made from class labels."""
+    """Training images: a hub dataset OWNER/NAME or OWNER/NAME:CONFIG; a folder of .parquet files or
+    of images (in class folders, or with captions in metadata.csv, .jsonl or .parquet); a path or
+    glob of .parquet files; or `shapes` (scenes of colored shapes with captions, rendered as
+    needed). Parquet files need an image column. Captions come from a column text, caption or
+    captions (a string, or a list from which each epoch picks one) or else from class labels."""
     val_source: str | None = None
     """Validation images, in the same formats as data.source. null, or the same as data.source: use
     its test or validation split (folders or parquet files named train and test) or, if it has none,
-    hold out a fraction of its images (data.val_fraction). Training images that are also validation
-    images are not trained on."""
+    hold out a fraction of its images (data.val_fraction). Images that are also in the validation
+    set are excluded from training."""
     val_fraction: float = 0.05
-    """Fraction of images held out for validation, between 0 and 1 (exclusive) and at least one
-    image, chosen by a hash of their pixels. Used only if there is neither data.val_source nor a
-    test or validation split."""
+    """Fraction of images held out for validation, between 0 and 1 (exclusive); at least one image
+    is held out. A hash of its pixels decides whether an image is held out. Used only if there is
+    neither data.val_source nor a test or validation split."""
     augment: bool = True
     """Augment training images: shift by up to 1/8 of the side, vary brightness and contrast, and
     flip horizontally if captions are made from class labels. Has no effect on `shapes`."""
     cache: str = "cache"
     """Folder for decoded images, image tokens and tokenizers."""
     retry_seconds: float = 60.0
-    """Seconds to keep retrying a hub request that fails for a reason that may pass."""
+    """Seconds to keep retrying a hub request that fails with a transient error."""
 
     def __post_init__(self):
         if not 0 < self.val_fraction < 1:
@@ -85,8 +85,8 @@ class ImageConfig:
 
 # ---- preparation
 def choose_split(cfg: ImageConfig, split: str) -> tuple[Records, float, list[str]]:
-    """Records that contain "train" or "val", the fraction of them held out for validation (0 if
-    validation has its own records), and lines about what is not used. Raises UserError.
+    """Records that contain the split "train" or "val", the fraction of them held out for validation
+    (0 if validation has its own records), and notes about what is not used. Raises UserError.
     """
     source = cfg.source_of(split)
     splits, notes = open_source(source, cfg.retry_seconds)
@@ -98,13 +98,13 @@ def choose_split(cfg: ImageConfig, split: str) -> tuple[Records, float, list[str
     if unused:
         notes.append(f"{source}: not used: {' and '.join(unused)} (of {', '.join(splits)})")
     if split == "val" and not cfg.val_source:
-        notes = []  # the lines of the training split say the same
+        notes = []  # the notes of the training split say the same
     return splits[chosen], 0.0 if cfg.val_source or val_name else cfg.val_fraction, notes
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk, or a cache that cannot be written, into a UserError."""
+    """Convert errors from writing to the cache, such as a full disk, into a UserError."""
     try:
         yield
     except OSError as error:
@@ -115,8 +115,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def image_request(cfg: ImageConfig, split: str, size: int) -> dict:
-    """Everything that determines the prepared images of a split, except which images are left out
-    of training. Raises UserError.
+    """Everything that determines the prepared images of a split, except which images are excluded
+    from training. Raises UserError.
     """
     sources = [source for source in (cfg.source, cfg.val_source) if source not in (None, "shapes")]
     return {
@@ -130,9 +130,10 @@ def image_request(cfg: ImageConfig, split: str, size: int) -> dict:
 
 
 def prepare_images(cfg: ImageConfig, split: str, size: int) -> Path:
-    """Folder with the images of a split ("train" or "val"), cropped square to one side <= size.
+    """Folder with the images of a split ("train" or "val"), cropped square and all of one side, at
+    most `size`.
 
-    Training needs the validation images, which are prepared first. Raises UserError.
+    For training images, prepares the validation images first, to exclude them. Raises UserError.
     """
     request, val = image_request(cfg, split, size), None
     if split == "train" and cfg.source_of("val") != "shapes":
@@ -151,8 +152,8 @@ def prepare_images(cfg: ImageConfig, split: str, size: int) -> Path:
 def write_images(
     path: Path, cfg: ImageConfig, split: str, size: int, val: dict | None, below: float = 0.0
 ) -> dict:
-    """Write the pixels of a split, without the images of the validation manifest `val`; returns its
-    own manifest. If images are held out, those at a position < `below` are too. Raises UserError.
+    """Write the pixels of a split, except images in the validation manifest `val`; returns the new
+    manifest. If images are held out, those at a position < `below` are too. Raises UserError.
     """
     records, fraction, notes = choose_split(cfg, split)
     fraction = max(fraction, below)
@@ -187,13 +188,13 @@ def write_images(
     n_excluded = 0 if fraction else n_seen - len(captions)
     lines = [
         (1, f"{split} images stored at {side} x {side} pixels"),
-        (n_enlarged, f"{count(n_enlarged, 'smaller image')} enlarged"),
+        (n_enlarged, f"{count(n_enlarged, 'smaller image')} upscaled"),
         (below, "held out one image, because data.val_fraction is too small for more"),
         (
             n_excluded,
-            f"{n_excluded} of {count(n_seen, 'image')} left out, because they are in validation",
+            f"{n_excluded} of {count(n_seen, 'image')} excluded (also in the validation set)",
         ),
-        (n_replaced, f"{count(n_replaced, 'caption')} with invalid characters, read as U+FFFD"),
+        (n_replaced, f"invalid characters replaced by U+FFFD in {count(n_replaced, 'caption')}"),
     ]
     notes += [f"{source}: " + "; ".join(line for number, line in lines if number)]
     return {
@@ -210,7 +211,7 @@ def write_images(
 def stored_side(records: Records, size: int) -> int:
     """min(size, the largest short edge of all images), from the headers of the image files.
 
-    A single small image decides nothing. Raises UserError.
+    The largest, so that a single small image does not lower the resolution. Raises UserError.
     """
     side = 0
     for name, encoded, _ in records.read():
@@ -232,14 +233,14 @@ def square(image: Image.Image, side: int) -> Image.Image:
 
 
 def position(key: str) -> float:
-    """Where an image lies in [0, 1); those below the held-out fraction are validation images."""
+    """Position of an image in [0, 1), from its key; below the held-out fraction is validation."""
     return int(key[:16], 16) / 2**64
 
 
 def no_images(
     cfg: ImageConfig, split: str, fraction: float, n_seen: int, around: Sequence[float]
 ) -> str:
-    """Error message for a split without images, with advice that works.
+    """Error message for a split without images, with a remedy that works.
 
     A held-out fraction between the two positions `around` leaves an image to train on.
     """
@@ -251,14 +252,14 @@ def no_images(
             f"all {count(n_seen, 'training image')} of data source {source} are also validation "
             "images; pass another --data.val_source"
         )
-    advice = "pass more different images or a --data.val_source"
+    advice = "pass more distinct images or a --data.val_source"
     if len(around) == 2:
         low, high = around
         floors = (math.floor(high * 10**n) / 10**n for n in range(1, 20))
         advice = f"set --data.val_fraction to {next(x for x in floors if low < x <= high)}"
     return (
-        f"--data.val_fraction {fraction} leaves no {split} images of the {n_seen} in data source "
-        f"{source}; {advice}"
+        f"--data.val_fraction {fraction} leaves none of the {n_seen} images in data source "
+        f"{source} for the {split} split; {advice}"
     )
 
 
@@ -355,8 +356,8 @@ class ShapesDataset:
 def load_images(
     cfg: ImageConfig, split: str, size: int, captions: bool = False
 ) -> ImageDataset | ShapesDataset:
-    """Images of "train" or "val", prepared if necessary. Prints how they are stored, and what of
-    the source is not used.
+    """Images of "train" or "val", prepared if necessary. Prints how they are stored, and what part
+    of the source is not used.
 
     Raises UserError, also if `captions` are required and the source has none.
     """

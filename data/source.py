@@ -1,6 +1,6 @@
 """Data sources: a hub dataset (streamed), local files, a weighted mix, or `stdlib` -> text records.
 
-Also what data preparation shares: local files of a source and hashes.
+Also helpers for data preparation: the local files of a source, and hashes.
 """
 
 import hashlib
@@ -35,15 +35,15 @@ from data.files import (
 )
 from data.hub import hub_stream
 
-# A stream is shuffled, because corpora are sorted by origin, in the order of `datasets` 5.2 for
-# .shuffle(seed=0, buffer_size=10_000): tables of records (single ones for text files) from up to
-# ten groups of files in turn.
+# Streams are shuffled, because corpora are sorted by origin. The order is that of `datasets` 5.2
+# with .shuffle(seed=0, buffer_size=10_000): tables of records (single records for text files) are
+# taken in turn from up to ten groups of files.
 SHUFFLE_RECORDS = 10_000
 SHUFFLE_GROUPS = 10
 TABLE_RECORDS = SHUFFLE_RECORDS // SHUFFLE_GROUPS
-SHUFFLE_BYTES = 128_000_000  # so that memory does not depend on the length of documents
+SHUFFLE_BYTES = 128_000_000  # bounds memory, regardless of the length of documents
 PART_CHARACTERS = 1_000_000  # longer documents are split into parts
-PEEK_RECORDS = 1000  # a source without text in its first records is refused
+PEEK_RECORDS = 1000  # a source whose first records have no text is rejected
 END_OF_TABLE = object()
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folders, for `stdlib`
 ABOUT_DATA = re.compile(
@@ -70,8 +70,8 @@ def documents(
     {"input_ids": ids}, or {column: text} with non-blank text of at most PART_CHARACTERS.
 
     The order depends only on the first three arguments. A mix ends when one of its sources does.
-    A failing hub is retried for `seconds`. Records that were changed or skipped are counted in
-    `counts`. Raises UserError.
+    Failing hub requests are retried for `seconds`. Records that are changed or skipped are counted
+    in `counts`. Raises UserError.
     """
     weights = as_mix(source)
     if not weights or min(weights.values()) <= 0:
@@ -95,7 +95,7 @@ def documents(
 
 
 def n_characters(record: dict) -> int:
-    """Characters of a document; an id counts as four."""
+    """Number of characters of a document; a token id counts as four."""
     (content,) = record.values()
     return len(content) * (4 if IDS in record else 1)
 
@@ -154,8 +154,8 @@ def shuffled(tables: Iterator) -> Iterator[dict | None]:
 
 
 def packed(record: dict | None) -> tuple[str, bytes]:
-    """The column and content of a record in few bytes: a str needs up to 4 for each character, a
-    list of ids 36 for each.
+    """The column and content of a record as compact bytes: a str needs up to 4 bytes per character,
+    a list of ids 36 bytes per id.
     """
     if record is None:
         return "", b""
@@ -181,7 +181,7 @@ class Reader:
     columns: dict[str, None] = field(default_factory=dict)  # names seen, in order
 
     def __post_init__(self):
-        self.place = self.source  # or the file that is read
+        self.place = self.source  # or the file being read
 
     def read(self, files: Iterable[Path]) -> Iterator[dict | None]:
         """Documents of files in order, None for a record without text. Raises UserError."""
@@ -195,7 +195,7 @@ class Reader:
                         record = {self.column: record}
                     if not isinstance(record, dict):
                         raise UserError(
-                            f"{file} has a record that is {type(record).__name__}, not an object; "
+                            f"{file} has a record of type {type(record).__name__}, not an object; "
                             'write each record as {"text": ...}'
                         )
                     yield from self.documents(record)
@@ -230,8 +230,8 @@ class Reader:
         """Raises UserError unless ids are integers that int64 can hold."""
         if not all(isinstance(i, int) and abs(i) < 2**63 for i in ids):
             raise UserError(
-                f"{self.place}: column {IDS!r} does not hold lists of integers; rename it to read "
-                "the text instead"
+                f"{self.place}: column {IDS!r} does not hold lists of integers; rename the column "
+                "to read the text instead"
             )
 
     def split(self, blocks: Iterable[str]) -> Iterator[dict | None]:
@@ -254,7 +254,7 @@ class Reader:
                 self.check_texts()
 
     def check_texts(self) -> None:
-        """Raises UserError if no record so far had text."""
+        """Raises UserError if no record so far has text."""
         if not self.n_texts:
             columns = f", only {', '.join(self.columns)}" if self.columns else ""
             problem = "text in column" if self.column in self.columns else "column"
@@ -265,7 +265,7 @@ class Reader:
 
 
 def parts(blocks: Iterable[str]) -> Iterator[str]:
-    """A text in parts of at most PART_CHARACTERS, split after a line, else a space, else anywhere.
+    """A text in parts of at most PART_CHARACTERS, split after a line end, a space, or anywhere.
 
     Unpaired surrogates become U+FFFD.
     """
@@ -301,8 +301,8 @@ def document_parts(source: str, column: str, counts: Counter | None = None) -> I
 
 
 def only_document_size(source: str | dict[str, float], column: str) -> int | None:
-    """Characters of the only document of a local source (ids, if it holds ids); None if it has
-    several, or is a hub dataset or a mix. Raises UserError.
+    """Size of the only document of a local source, in characters or token ids; None if the source
+    has several documents, or is a hub dataset or a mix. Raises UserError.
     """
     name, *others = as_mix(source)
     if others or name in BUILT_IN:
@@ -353,7 +353,7 @@ class LocalFiles:
 
 
 def pattern(files: list[Path]) -> str:
-    """A path or glob that matches a split's files, as an argument for a shell."""
+    """A path or glob that matches a split's files, quoted for a shell."""
     if len(files) == 1:
         return shlex.quote(str(files[0]))
     folder = Path(os.path.commonpath([file.parent for file in files]))
@@ -383,12 +383,12 @@ def local_files(source: str) -> LocalFiles:
 
 
 def folder_files(source: str, folder: Path) -> LocalFiles:
-    """Files of a folder, without those that are about the data. Raises UserError."""
+    """Files of a folder, except those about the data, such as a README. Raises UserError."""
     files = walk(folder)
     typed = [file for file in files if file_kind(file)]
     data = [file for file in typed if not ABOUT_DATA.fullmatch(file.name)] or typed
     if not data:
-        raise UserError(f"data source {source} has no file of text ({FILE_TYPES}); check the path")
+        raise UserError(f"data source {source} has no text files ({FILE_TYPES}); check the path")
     check_types(source, data)
     return with_splits(data, folder, [file for file in files if file not in data])
 
@@ -419,7 +419,7 @@ def check_hub_name(source: str) -> None:
         raise UserError(f"data source {source} matches no file; check the path")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(
-            f"data source {source} is neither a file or folder here nor a hub dataset OWNER/NAME; "
+            f"data source {source} is neither a local file or folder nor a hub dataset OWNER/NAME; "
             "check the name"
         )
 

@@ -44,10 +44,10 @@ from data.source import (
 )
 
 SHARD_TOKENS = 8_000_000  # a killed preparation loses at most this much work
-BATCH_DOCUMENTS = 256  # tokenized at a time: enough for all cores, few enough for flat memory
+BATCH_DOCUMENTS = 256  # tokenized at a time: enough for all cores, few enough to bound memory
 BATCH_CHARACTERS = 8_000_000
-ENCODE_CHARACTERS = 2_000_000  # in one call of the tokenizer, which needs 100 bytes for each
-BOUNDARY_CHARACTERS = 10_000  # how far before a split by position a line end may be
+ENCODE_CHARACTERS = 2_000_000  # per tokenizer call, which needs 100 bytes per character
+BOUNDARY_CHARACTERS = 10_000  # how far before a split position to look for a line end
 
 
 @dataclass
@@ -61,15 +61,15 @@ class DataConfig:
         }
     )
     """Training text: a hub dataset OWNER/NAME or OWNER/NAME:CONFIG (streamed); a folder, path or
-    glob of files of one type, .parquet, JSON (.jsonl, .ndjson, .json) or plain text (such as .txt
-    and .md, one document per file), also compressed (.gz, .bz2, .xz, .zst); `stdlib` (the source of
-    this Python's standard library); or a mix {source: weight}, to which each source contributes
-    text in proportion to its weight. Documents above 1,000,000 characters are split into parts at
-    line ends, each a document of its own. Of folders or files that are named train, validation and
+    glob of files of one type: .parquet, JSON (.jsonl, .ndjson, .json) or plain text (such as .txt
+    and .md, one document per file), optionally compressed (.gz, .bz2, .xz, .zst); `stdlib` (the
+    source code of this Python's standard library); or a mix {source: weight}, in which each source
+    contributes text in proportion to its weight. Documents longer than 1,000,000 characters are
+    split at line ends into several documents. If folders or files are named train, validation and
     test, only train is read."""
     val_source: str | dict[str, float] | None = None
-    """Validation text, in the same formats as data.source, where documents with the same text are
-    then excluded. null, or the same as data.source: hold out a fraction of its documents
+    """Validation text, in the same formats as data.source; documents with the same text are
+    excluded from training. null, or the same as data.source: hold out a fraction of its documents
     (data.val_fraction)."""
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
     """Tokenizer: a hub name, a local folder, or bpe-N for a byte-level BPE with N entries (257 to
@@ -86,7 +86,7 @@ class DataConfig:
     cache: str = "cache"
     """Folder for token shards and tokenizers."""
     retry_seconds: float = 60.0
-    """Seconds to keep retrying a hub request that fails for a transient reason."""
+    """Seconds to keep retrying a hub request that fails with a transient error."""
 
     def __post_init__(self):
         if not 0 < self.val_fraction < 1:
@@ -101,12 +101,12 @@ class DataConfig:
 
 # ---- documents
 class Document(NamedTuple):
-    """A document of a source and where it belongs."""
+    """A document of a source and the split that it belongs to."""
 
     record: dict  # {"input_ids": ids} or {column: text}
     split: str  # "train", "val" or "excluded"
-    hash: float  # of its content; below the fraction held out: validation
-    key: float  # equal for texts that differ only in surrounding white space, and for their ids
+    hash: float  # of its content; validation if below the held-out fraction
+    key: float  # equal for texts that differ only in surrounding whitespace, and for their ids
 
 
 def end_of_text(tokenizer) -> int | None:
@@ -115,13 +115,13 @@ def end_of_text(tokenizer) -> int | None:
 
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text. Special tokens that a text spells are ordinary text."""
+    """Token ids of each text. Special tokens that appear in a text are encoded as ordinary text."""
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     return tokenizer(texts, return_attention_mask=False, **options)["input_ids"] if texts else []
 
 
 def content_key(record: dict, tokenizer=None) -> float:
-    """Hash of a document's text without surrounding white space; ids are decoded if possible."""
+    """Hash of a document's text without surrounding whitespace; ids are decoded if possible."""
     (content,) = record.values()
     if IDS in record and tokenizer is not None:
         check_ids(content, tokenizer)
@@ -136,17 +136,18 @@ def check_ids(ids: list, tokenizer) -> None:
     if not 0 <= min(ids) <= max(ids) < len(tokenizer):
         raise UserError(
             f"input_ids range from {min(ids)} to {max(ids)}, but the tokenizer has "
-            f"{len(tokenizer)} entries; pass the tokenizer that made them with --data.tokenizer"
+            f"{len(tokenizer)} entries; set --data.tokenizer to the tokenizer that produced them"
         )
 
 
 def split_documents(
     cfg: DataConfig, request: dict, revisions: dict, *, tokenizer=None, excluded=(), counts=None
 ) -> Iterator[Document]:
-    """The documents of a request with the split that each belongs to.
+    """The documents of a request, each with the split that it belongs to.
 
-    A text follows the first one with the same key, so that no text is in two splits. With
-    `excluded`, keys of validation documents, documents with these are excluded. Raises UserError.
+    A document goes to the split of the first one with the same key, so that no text is in two
+    splits. Documents with a key in `excluded`, the keys of validation documents, are excluded.
+    Raises UserError.
     """
     source, column, fraction = (request[k] for k in ("source", "text_column", "holdout_fraction"))
     size = only_document_size(source, column) if fraction else None
@@ -167,7 +168,7 @@ def split_documents(
 
 
 def split_by_position(parts: Iterable[dict], size: int, fraction: float) -> Iterator[Document]:
-    """The parts of a single document of `size` characters, its end for validation."""
+    """The parts of a single document of `size` characters; its end is validation."""
     cut = size - max(1, round(size * fraction))
     for part in parts:
         ((name, content),) = part.items()
@@ -234,17 +235,17 @@ def prepared(cfg: DataConfig, split: str, tokens: int, tokenizer) -> Path:
         excluded = read_manifest(prepared(cfg, "val", cfg.val_tokens, tokenizer))["keys"]
         request["excluded"] = digest(excluded)
     folder = Path(cfg.cache) / "tokens" / f"{split}-{digest(request)}"
-    lock = Path(cfg.cache) / folder.name  # the folder of tokens holds nothing but prepared folders
+    lock = Path(cfg.cache) / folder.name  # outside tokens/, which holds only prepared folders
     with cache_errors(folder), locked(lock):
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):  # of a process that was killed
+        for leftover in folder.glob("*.tmp"):  # left by a process that was killed
             leftover.unlink()
         manifest = read_manifest(folder) or {
             "request": request,
             "revisions": hub_revisions(request["hub_datasets"], cfg.retry_seconds),
             "complete": False,
             **dict.fromkeys(("records", "documents", "excluded", "bytes", "tokens"), 0),
-            "hashes": [],  # least and greatest so far
+            "hashes": [],  # minimum and maximum so far
             "keys": [],
             "counts": {},
             "shards": [],
@@ -256,14 +257,14 @@ def prepared(cfg: DataConfig, split: str, tokens: int, tokenizer) -> Path:
 
 @contextmanager
 def cache_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of writing to a folder of the cache into a UserError."""
+    """Convert errors from writing to a folder of the cache into a UserError."""
     try:
         yield
     except OSError as error:
         path = error.filename or folder
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free disk space or fix the "
-            "permissions, and start again to continue after the last complete shard"
+            "permissions, then start again to continue after the last complete shard"
         ) from error
 
 
@@ -272,7 +273,7 @@ def extend(
 ) -> None:
     """Tokenize until the folder has `tokens` tokens or the source ends. Raises UserError.
 
-    Whatever stops it, the tokens made so far are saved.
+    If it is interrupted, the tokens produced so far are saved.
     """
     counts, request = Counter(), manifest["request"]
     stream = split_documents(
@@ -379,10 +380,10 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def tokenize(batch: list[dict], tokenizer) -> tuple[list[np.ndarray], int]:
-    """Token ids of each record as uint16 (N,), end-of-text first, and the bytes of text in all.
+    """Token ids of each record as uint16 (N,), end-of-text first, and the total bytes of text.
 
-    Ready `input_ids` stay as they are, after the texts; their byte count is the number of
-    characters in the names of their tokens, which is exact for a byte-level BPE.
+    Existing `input_ids` are kept unchanged and come after the texts; their byte count is the number
+    of characters in the names of their tokens, which is exact for a byte-level BPE.
     """
     texts = [next(iter(record.values())) for record in batch if IDS not in record]
     ready = [record[IDS] for record in batch if IDS in record]
@@ -437,7 +438,7 @@ def print_notes(manifest: dict) -> None:
         (counts.get("blank"), "skipped {} without text"),
         (counts.get("replaced"), f"found U+FFFD (invalid characters) in {{}}, first in {place}"),
         (counts.get("split"), f"split {{}} longer than {PART_CHARACTERS:,} characters"),
-        (manifest["excluded"], "excluded {} that are also in --data.val_source"),
+        (manifest["excluded"], "excluded {} also found in --data.val_source"),
     ):
         if n:
             documents = f"{n:,} document{'s' if n > 1 else ''}"
@@ -499,7 +500,7 @@ def no_tokens(manifest: dict) -> str:
     request, (least, greatest) = manifest["request"], manifest["hashes"]
     remedy = "pass validation text with --data.val_source"
     if not request["holdout_fraction"]:
-        remedy = "all are in --data.val_source too, so pass other text there or omit it"
+        remedy = "all are also in --data.val_source, so pass other text there or omit it"
     elif least < greatest:  # a fraction between them gives both splits a document
         rounded = (math.ceil(least * 10**digits) / 10**digits for digits in range(1, 18))
         fraction = next((f for f in rounded if least < f <= greatest), greatest)

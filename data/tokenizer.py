@@ -18,7 +18,7 @@ from data.hub import hub_tokenizer
 from data.source import digest
 from data.text import DataConfig, end_of_text, token_request, training_records
 
-BPE_CHARACTERS = 50_000_000  # text to train a BPE on; more changes little and takes minutes
+BPE_CHARACTERS = 50_000_000  # text to train a BPE on; more changes little but takes minutes
 MAX_ENTRIES = 65_536  # token shards are uint16
 SHA256 = "sha256"  # file with the hash of a cached tokenizer
 
@@ -31,12 +31,12 @@ def load_tokenizer(
 ):
     """The tokenizer of a run if the folder `saved` exists, otherwise cfg.tokenizer.
 
-    What is downloaded or trained is cached. A BPE is trained on texts(), identified by `corpus`; if
-    both are None, on the training documents of the DataConfig `cfg`. Raises UserError.
+    Downloaded and trained tokenizers are cached. A BPE is trained on texts(), identified by
+    `corpus`; if both are None, on the training documents of the DataConfig `cfg`. Raises UserError.
     """
     if saved is not None and saved.is_dir():
         return read_tokenizer(
-            cfg.tokenizer, saved, "restore it as it was saved, or train again from the start"
+            cfg.tokenizer, saved, "restore the original folder, or train again from scratch"
         )
     name, local = cfg.tokenizer, Path(cfg.tokenizer).expanduser()
     if name.startswith("bpe-"):
@@ -62,11 +62,11 @@ def load_tokenizer(
 
 
 def cached(name: str, folder: Path, make: Callable):
-    """The tokenizer in a folder of the cache, made by make() if it is new. Raises UserError."""
+    """The tokenizer in a cache folder, created by make() if it is missing. Raises UserError."""
     with building(folder) as tmp:
         if tmp is not None:
             save(make(), tmp)
-    remedy, sha256 = f"delete {folder} to make it again", folder / SHA256
+    remedy, sha256 = f"delete {folder} to create it again", folder / SHA256
     if sha256.exists() and sha256.read_bytes().decode("latin-1") != files_sha256(folder):
         raise UserError(f"tokenizer {name} in {folder} is damaged; {remedy}")
     return read_tokenizer(name, folder, remedy)
@@ -90,7 +90,7 @@ def files_sha256(folder: Path) -> str:
 
 
 def read_tokenizer(name: str, folder: Path, remedy: str):
-    """The tokenizer in a folder, which never runs code. Raises UserError."""
+    """The tokenizer in a folder; code in the folder is never run. Raises UserError."""
     try:
         path = folder / "tokenizer_config.json"
         has_code = path.exists() and "auto_map" in json.loads(path.read_text(encoding="utf-8"))
@@ -129,7 +129,7 @@ def check_tokenizer(name: str, tokenizer) -> None:
     if n_ids > len(tokenizer):
         raise UserError(
             f"tokenizer {name} has {len(tokenizer)} entries with ids up to {n_ids - 1}, so some "
-            "ids mean nothing; choose another one, or bpe-32768 to train one"
+            "ids are unused; choose another one, or bpe-32768 to train one"
         )
 
 
@@ -147,7 +147,7 @@ def training_texts(cfg: DataConfig) -> Iterator[str]:
         if "input_ids" in record:
             raise UserError(
                 f"--data.tokenizer {cfg.tokenizer} cannot be trained: data source {cfg.source} "
-                "holds token ids, not text; pass the tokenizer that made them"
+                "holds token ids, not text; pass the tokenizer that produced them"
             )
         yield record[cfg.text_column]
         n_left -= len(record[cfg.text_column])
@@ -170,7 +170,7 @@ def train_bpe(name: str, texts: Iterable[str]):
         show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
-    # captions may hold unpaired surrogates, which are no Unicode text
+    # captions may contain unpaired surrogates, which are not valid Unicode text
     texts = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts)
     bpe.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")

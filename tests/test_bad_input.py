@@ -263,10 +263,10 @@ CASES = {
         f"config {name}": Case("llm", config(name), message)
         for name, message in {
             "broken": "broken.yaml",
-            "list": "--config list.yaml cannot be read: it holds no settings",
-            "word": "--config word.yaml cannot be read: it holds no settings",
-            "empty": "--config empty.yaml cannot be read: it holds no settings",
-            "comment": "--config comment.yaml cannot be read: it holds no settings",
+            "list": "--config list.yaml cannot be read: it contains no settings",
+            "word": "--config word.yaml cannot be read: it contains no settings",
+            "empty": "--config empty.yaml cannot be read: it contains no settings",
+            "comment": "--config comment.yaml cannot be read: it contains no settings",
             "binary": "--config binary.yaml cannot be read",
             "latin1": "--config latin1.yaml cannot be read",
             "unknown": "did you mean --tokens?",

@@ -230,7 +230,7 @@ def test_a_preparation_that_the_hub_stopped_continues(hub, undisturbed):
     if prepared_tokens not in undisturbed:
         undisturbed[prepared_tokens] = prepared_tokens("undisturbed")
     hub.faults = [Fault("status", "cosmopedia.*parquet", ALWAYS)]
-    with pytest.raises(UserError, match="keeps answering 503"):
+    with pytest.raises(UserError, match="keeps responding with 503"):
         prepared_tokens("stopped", seconds=0.2)
     hub.faults = []
     assert prepared_tokens("stopped") == undisturbed[prepared_tokens]
@@ -246,16 +246,19 @@ LIMIT = {"Retry-After": "300"}
 @pytest.mark.parametrize(
     "fault, message",
     [
-        (Fault("status", status=401, headers=PRIVATE), "none that you may read; check the name"),
-        (Fault("status", status=404, headers=PRIVATE), "none that you may read; check the name"),
+        (Fault("status", status=401, headers=PRIVATE), "that you can access; check the name"),
+        (Fault("status", status=404, headers=PRIVATE), "that you can access; check the name"),
         (Fault("status", status=401, headers=BAD_TOKEN), "not accept your access token; log in"),
         (Fault("status", "resolve", status=403, headers=GATED), "is gated; accept its terms at ht"),
-        (Fault("status", status=403), r"denies access to it \(403\); log in .* as a user who may"),
-        (Fault("status", status=429, headers=LIMIT), r"limits .* \(429\); wait 300 s and try ag"),
-        (Fault("status", status=503), "the hub keeps answering 503 Service Unavailable; try again"),
+        (Fault("status", status=403), r"denies access to it \(403\); log in .* as a user with ac"),
+        (
+            Fault("status", status=429, headers=LIMIT),
+            r"rate-limiting .* \(429\); wait 300 s and try ag",
+        ),
+        (Fault("status", status=503), "keeps responding with 503 Service Unavailable; try again"),
         (Fault("cut", n_bytes=9), r"cannot be read \(peer closed .*\); try again later"),
-        (Fault("short", n_bytes=9), r"cannot be read \(incomplete answer\); try again later"),
-        (Fault("stall", n_bytes=9), r"cannot be read \(no answer within 0.3 s\); try again later"),
+        (Fault("short", n_bytes=9), r"cannot be read \(incomplete response\); try again later"),
+        (Fault("stall", n_bytes=9), r"cannot be read \(no response within 0.3 s\); try again"),
     ],
     ids=lambda case: f"{case.kind} {case.status}" if isinstance(case, Fault) else "",
 )
@@ -281,7 +284,7 @@ def test_without_a_connection_the_error_says_so(hub, monkeypatch):
     [
         (f"{TEXTS}:web", "it has no config 'web'; pass one of .*:fineweb-edu-dedup, .*:cosmo"),
         (TEXTS, "it has several configs; pass one of .*:fineweb-edu-dedup, .*:cosmo"),
-        ("acme/no-such-name", "no folder acme/no-such-name here, and the hub has none that you m"),
+        ("acme/no-such-name", "acme/no-such-name is neither a local folder nor a hub repository"),
         ("acme/script", "Dataset scripts are no longer supported, but found script.py"),
         ("acme/test-only", r"Bad split: train. Available splits: \['test'\]; use local files"),
     ],
@@ -311,7 +314,7 @@ def test_images_of_another_revision_are_never_used_silently(hub, root):
 def test_a_stream_never_uses_what_datasets_has_cached(hub):
     hub_splits(MANY, 5)
     hub.faults = [Fault("status", "resolve", ALWAYS)]
-    with pytest.raises(UserError, match="keeps answering 503"):
+    with pytest.raises(UserError, match="keeps responding with 503"):
         next(hub_stream(MANY, hub_revisions([MANY], 5)[MANY], 0.1))
 
 
@@ -356,13 +359,15 @@ def test_offline_images_come_from_the_cache_of_datasets(hub, offline, capsys):
     expected = prepared_images("a")
     offline()
     assert prepared_images("b") == expected
-    assert f"hub: offline; using {IMAGES} as cached in " in capsys.readouterr().out
+    assert f"hub: offline; using the copy of {IMAGES} in " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("load", [prepared_tokens, prepared_images])
 def test_offline_what_is_not_cached_is_refused(hub, offline, load):
     offline()
-    with pytest.raises(UserError, match="not cached, and HF_HUB_OFFLINE forbids.*; unset HF_HUB_O"):
+    with pytest.raises(
+        UserError, match="nor cached, and HF_HUB_OFFLINE prevents.*; unset HF_HUB_O"
+    ):
         load("cache")
 
 

@@ -152,7 +152,7 @@ def test_validation_images_are_not_trained_on(overlap, source, n_images):
 def test_images_left_out_of_training_are_counted_on_every_start(overlap, capsys):
     for _ in range(2):
         load_images(ImageConfig(source="pets", val_source="own"), "train", 32)
-        expected = "; 2 of 40 images left out, because they are in validation"
+        expected = "; 2 of 40 images excluded (also in the validation set)"
         assert expected in capsys.readouterr().out
 
 
@@ -198,7 +198,7 @@ def test_the_largest_short_edge_decides_the_stored_side(pets, capsys, size, side
         assert load_images(pets, split, size).side == side
     printed = capsys.readouterr().out
     assert f"pets: train images stored at {side} x {side} pixels" in printed
-    assert printed.count("; 1 smaller image enlarged") == 1
+    assert printed.count("; 1 smaller image upscaled") == 1
 
 
 # ---- what identifies the data
@@ -433,7 +433,7 @@ def test_a_full_disk_is_reported(pets):
 
 
 def test_an_empty_split_is_refused_with_a_fraction_that_works(pets):
-    with pytest.raises(UserError, match="leaves no train images of the 40") as error:
+    with pytest.raises(UserError, match="none of the 40 images .* for the train") as error:
         load_images(ImageConfig(source="pets", val_fraction=1 - 1e-9), "train", 32)
     works = float(str(error.value).rpartition(" ")[2])
     assert len(load_images(ImageConfig(source="pets", val_fraction=works), "train", 32)) == 1
@@ -455,18 +455,18 @@ def test_validation_from_the_source_itself_is_held_out(pets):
 def test_a_set_of_one_image_cannot_be_split(workdir):
     Path("one").mkdir()
     random_image(0).save("one/0.png")
-    with pytest.raises(UserError, match="pass more different images or a --data.val_source"):
+    with pytest.raises(UserError, match="pass more distinct images or a --data.val_source"):
         load_images(ImageConfig(source="one"), "train", 32)
 
 
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("missing.parquet", "missing.parquet is neither a file or folder"),
-        ("./missing", "./missing is neither a file or folder .* nor a hub dataset OWNER/NAME"),
-        ("missing", "source missing is neither"),
-        ("a/b/c", "source a/b/c is neither"),
-        ("", "source  is neither"),
+        ("missing.parquet", "missing.parquet matches no local files"),
+        ("./missing", "./missing matches no local files and is not a hub dataset OWNER/NAME"),
+        ("missing", "source missing matches no"),
+        ("a/b/c", "source a/b/c matches no"),
+        ("", "source  matches no"),
         ("corpus.jsonl", "corpus.jsonl has files that are not .parquet"),
     ],
 )
@@ -477,7 +477,7 @@ def test_a_path_without_images_is_named(workdir, source, message):
 
 def test_a_source_without_images_names_its_columns(workdir):
     datasets.Dataset.from_dict({"text": ["a"], "n": [1]}).to_parquet("text.parquet")
-    with pytest.raises(UserError, match="text.parquet has no column of images, only text, n"):
+    with pytest.raises(UserError, match="text.parquet has no image column, only text, n"):
         load_images(ImageConfig(source="text.parquet"), "train", 32)
 
 

@@ -864,12 +864,12 @@ def change_in(path: str, **changes):
 
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i},' * 9}]\n" for i in range(9))
 HOSTILE = {
-    "a link to a folder outside": (link_out, "neither a folder nor a plain file"),
-    "a record that is a link": (link_record, "neither a folder nor a plain file"),
-    "a link to a system file": (link_file, "neither a folder nor a plain file"),
-    "docs that are a link": (link_docs, "neither a folder nor a plain file"),
-    "an image that is a link": (link_image, "neither a folder nor a plain file"),
-    "a pipe": (pipe, "neither a folder nor a plain file"),
+    "a link to a folder outside": (link_out, "neither a folder nor a regular file"),
+    "a record that is a link": (link_record, "neither a folder nor a regular file"),
+    "a link to a system file": (link_file, "neither a folder nor a regular file"),
+    "docs that are a link": (link_docs, "neither a folder nor a regular file"),
+    "an image that is a link": (link_image, "neither a folder nor a regular file"),
+    "a pipe": (pipe, "neither a folder nor a regular file"),
     "a huge file": (rewrite("diff.patch", b"x" * 1_000_001), "more than 1,000,000 bytes"),
     "a patch that is no text": (rewrite("diff.patch", bytes(range(256))), "files.diff.patch"),
     "a baseline outside": (
@@ -883,7 +883,7 @@ HOSTILE = {
     "a note with terminal codes": (change_in("record.json", note="\x1b[2J"), "one line of text"),
     "a note with a line break": (change_in("record.json", note="a\nb"), "one line of text"),
     "nested settings": (rewrite("trials/seed0/config.yaml", b"[" * 10_000), "seed0 is damaged"),
-    "settings that grow": (rewrite("trials/seed0/config.yaml", LAUGHS.encode()), "has an alias"),
+    "settings that grow": (rewrite("trials/seed0/config.yaml", LAUGHS.encode()), "a YAML alias"),
     "settings that run code": (
         rewrite("trials/seed0/config.yaml", b"a: !!python/object/apply:os.abort []"),
         "seed0 is damaged",

@@ -247,7 +247,7 @@ REPAIRS = [
         "metrics",
         damaged_metrics,
         RESUME,
-        r"damaged in line 1; restore it, or delete (\S+)",
+        r"damaged at line 1; restore it, or delete (\S+)",
         llm(run="a"),
     ),
     ("config", lost_config, RESUME, r"delete (\S+) and omit --resume", llm(run="a")),

@@ -117,7 +117,7 @@ def test_sampling_settings_may_differ(halfway):
 def test_a_hand_edited_config_is_refused(halfway):
     config = yaml.safe_load((RUN / "config.yaml").read_text())
     (RUN / "config.yaml").write_text(yaml.safe_dump(config | {"muon_lr": 0.001}))
-    with pytest.raises(UserError, match="config.yaml or .* was changed since it was saved"):
+    with pytest.raises(UserError, match="config.yaml or .* has changed since it was saved"):
         resumed()
 
 
@@ -150,7 +150,7 @@ def test_two_checkpoints_whose_folders_were_exchanged_are_refused(workdir):
     older.rename(RUN / "old")
     newer.rename(older)
     (RUN / "old").rename(newer)
-    with pytest.raises(UserError, match="0000020 is damaged .state.json is of step 18"):
+    with pytest.raises(UserError, match="0000020 is damaged .state.json says step 18"):
         resumed()
 
 
@@ -385,16 +385,14 @@ def test_a_damaged_row_among_others_is_named(halfway):
     path = RUN / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:3], "{\n", *lines[4:]]))
-    with pytest.raises(UserError, match="metrics.jsonl is damaged in line 4; restore it, or"):
+    with pytest.raises(UserError, match="metrics.jsonl is damaged at line 4; restore it, or"):
         resumed()
 
 
 def test_metrics_that_lack_steps_of_the_checkpoint_are_refused(halfway):
     path = RUN / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[3:]))
-    with pytest.raises(
-        UserError, match="metrics.jsonl does not have the rows up to the checkpoint of step 18"
-    ):
+    with pytest.raises(UserError, match="metrics.jsonl does not match the checkpoint of step 18"):
         resumed()
 
 

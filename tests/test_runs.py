@@ -203,7 +203,7 @@ def test_a_folder_is_built_although_another_process_is_suspended_in_building_it(
     with building(Path("cache/x")) as tmp:
         done = script("-c", code)
         assert done.returncode == 0, done.stderr
-        assert "waiting for another process that prepares cache/x" in done.stdout
+        assert "waiting for another process that is preparing cache/x" in done.stdout
         fill(tmp)
     assert Path("cache/x/file").read_text() == "whole"
     assert not list(Path("cache").glob(".*.tmp"))

@@ -108,7 +108,7 @@ def test_training_documents_that_are_in_the_validation_source_are_excluded(
     assert sorted(split_documents(tokenizer, folder)) == sorted(sentences(300)[60:])
     assert manifest_of(folder)["excluded"] == 60
     printed = capsys.readouterr().out
-    assert "train data: excluded 60 documents that are also in --data.val_source" in printed
+    assert "train data: excluded 60 documents also found in --data.val_source" in printed
 
 
 def write_ids(path: str, tokenizer, documents: list[str]) -> None:
@@ -586,7 +586,7 @@ def test_a_split_without_documents_names_a_fraction_that_works(cfg, tokenizer, n
 
 def test_training_text_that_is_all_in_the_validation_source_is_refused(cfg, tokenizer):
     cfg.val_source = "corpus.jsonl"
-    with pytest.raises(UserError, match="300 documents .* all are in --data.val_source too"):
+    with pytest.raises(UserError, match="300 documents .* all are also in --data.val_source"):
         Tokens(prepare_tokens(cfg, "train", 100, tokenizer))
 
 

@@ -116,7 +116,7 @@ def test_a_damaged_cached_tokenizer_names_the_folder_to_delete(cfg, damage):
     expected = load_tokenizer(cfg, "c", lambda: iter(["a fox"] * 9)).get_vocab()
     (file,) = Path("cache/tokenizers").glob("*/tokenizer.json")
     file.write_bytes(damage(file.read_bytes()))
-    message = f"tokenizer bpe-300 in {file.parent} is damaged; delete {file.parent} to make it"
+    message = f"tokenizer bpe-300 in {file.parent} is damaged; delete {file.parent} to create"
     with pytest.raises(UserError, match=message):
         load_tokenizer(cfg, "c", lambda: iter(["a fox"] * 9))
     shutil.rmtree(file.parent)
@@ -133,7 +133,7 @@ def test_the_tokenizer_of_a_run_comes_from_the_run(cfg):
 def test_a_damaged_tokenizer_of_a_run_is_not_replaced(cfg):
     load_tokenizer(cfg).save_pretrained("saved")
     Path("saved/tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="bpe-300 from saved: .*; restore it as it was saved"):
+    with pytest.raises(UserError, match="bpe-300 from saved: .*; restore the original folder"):
         load_tokenizer(cfg, saved=Path("saved"))
 
 
@@ -155,7 +155,7 @@ def test_a_folder_without_a_tokenizer_is_refused(cfg):
     "ids, message",
     [
         (range(300, 65_537), "large has 65537 entries, .* hold at most 65536; choose a smaller"),
-        ([400], "large has 301 entries with ids up to 400, so some ids mean nothing; choose"),
+        ([400], "large has 301 entries with ids up to 400, so some ids are unused; choose"),
     ],
     ids=["many", "gaps"],
 )

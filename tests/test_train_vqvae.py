@@ -117,8 +117,8 @@ def test_healthy_codebook_prints_no_warning(workdir, capsys):
         ("--crop=36", "at most --model.image_size 32"),
         ("--images=3", "--images 3 is less than one step of --batch_images 8"),
         ("--micro_batch=3", "--micro_batch 3 does not divide --batch_images 8"),
-        ("--data.source=./none", "data source ./none is neither a file or folder"),
-        ("--data.source=none.parquet", "data source none.parquet is neither a file or folder"),
+        ("--data.source=./none", "data source ./none matches no local files"),
+        ("--data.source=none.parquet", "data source none.parquet matches no local files"),
         ("--model.codebook_size=20000", "--model.codebook_size is 20000, but the"),
     ],
 )

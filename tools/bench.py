@@ -84,7 +84,7 @@ def apertus(model: Llama):
             rms_norm_eps=1e-6,
             max_position_embeddings=c.seq_len,
             tie_word_embeddings=False,
-            pad_token_id=None,  # the default is an id that a tiny vocabulary lacks
+            pad_token_id=None,  # the default id may exceed a tiny vocabulary
             attn_implementation="sdpa",
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         )

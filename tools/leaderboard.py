@@ -41,7 +41,7 @@ from tools.trials import (
 )
 
 DOCS = Path("docs")
-MAX_BYTES = 1_000_000  # of a file; records have a tenth of it
+MAX_BYTES = 1_000_000  # per file; the files of a record need about a tenth of this
 COLUMNS = "#,date,val loss,val bpb,train loss,time,tokens/s,tokens,parameters,device,who"
 Curve = tuple[list[int], list[float], list[float]]  # tokens, mean validation loss, stdev
 
@@ -130,9 +130,10 @@ def load_stored(folder: Path) -> list[Trial]:
 
 
 def unsafe_files(docs: Path) -> list[str]:
-    """The records, pages and images in docs/ that are not small plain files, one line each.
+    """Problems with records, pages and images in docs/ that are not small regular files, one line
+    each.
 
-    In a stranger's checkout a symbolic link could lead anywhere, and reading a pipe never ends.
+    In an untrusted checkout, a symbolic link could point anywhere, and reading a pipe would hang.
     """
     places = [docs, docs / "records", docs / "images", docs / "LEADERBOARD.md"]
     for top in places[1:3]:
@@ -146,7 +147,9 @@ def unsafe_files(docs: Path) -> list[str]:
             return [f"cannot read {path} ({error.strerror}); run this in a checkout, or pass one"]
         is_file = stat.S_ISREG(status.st_mode)
         if not is_file and not stat.S_ISDIR(status.st_mode):
-            problems.append(f"{path} is neither a folder nor a plain file; replace it by a copy")
+            problems.append(
+                f"{path} is neither a folder nor a regular file; replace it with a copy"
+            )
         if is_file and status.st_size > MAX_BYTES:
             problems.append(f"{path} has more than {MAX_BYTES:,} bytes; make it smaller")
     return problems
@@ -396,7 +399,7 @@ def publish(records: list[Record]) -> None:
 def check(docs: Path = DOCS) -> list[str]:
     """What is wrong with the records, the page and the images in a docs/ folder: one line each.
 
-    The code and the accepted evaluations are always those of this checkout.
+    Always uses the code and the accepted evaluations of this checkout.
     """
     problems = []
     if train_llm.evaluation_sha256() not in accepted_evaluations():
@@ -423,7 +426,7 @@ def check(docs: Path = DOCS) -> list[str]:
 
 
 def stale_pages(docs: Path, records: list[Record]) -> list[str]:
-    """The page and the images in docs/ that do not follow from the records."""
+    """A line for the page and each image in docs/ that is not up to date with the records."""
     stale = []
     page = docs / "LEADERBOARD.md"
     if not page.exists() or page.read_text(errors="replace") != leaderboard(records, docs):

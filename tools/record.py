@@ -5,7 +5,7 @@ python -m tools.record compare 'runs/base-seed*' -- 'runs/new-seed*'
 python -m tools.record submit short-cooldown --baseline 'runs/base-seed*' \\
     --runs 'runs/new-seed*' --note "cooldown over 0.4 of the run"
 python -m tools.record check      # verify all records, the leaderboard and its images
-python -m tools.record check ../pull-request    # those of a stranger's checkout; runs no code of it
+python -m tools.record check ../pull-request    # check an untrusted checkout without running it
 python -m tools.record publish    # regenerate the leaderboard and its images, e.g. after a merge
 """
 
@@ -194,7 +194,7 @@ def submit(argv: list[str]) -> None:
     check_sides(base, new)
     folder = DOCS / "records" / f"{today}-{options.name}"
     draft = folder.with_name(f".{folder.name}.tmp")
-    for leftover in draft.parent.glob(".*.tmp"):  # of a process that was killed
+    for leftover in draft.parent.glob(".*.tmp"):  # left by a process that was killed
         shutil.rmtree(leftover)
     try:
         copy_trials(new, draft / "trials")
@@ -220,7 +220,7 @@ def submit(argv: list[str]) -> None:
 def check(argv: list[str]) -> None:
     """Verify records, page and images, here or in another checkout. Raises UserError.
 
-    Of another checkout only data is read, so that a stranger's is safe to check.
+    From another checkout only data is read, so an untrusted one is safe to check.
     """
     docs = Path(*argv, "docs")
     problems = leaderboard.unsafe_files(docs) or leaderboard.check(docs)
@@ -230,7 +230,7 @@ def check(argv: list[str]) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with line breaks and terminal codes escaped: files of strangers may hold them."""
+    """The text with line breaks and terminal codes escaped; untrusted files may contain them."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

@@ -100,7 +100,7 @@ class Config:
 
 
 def generate_all(cfg: Config, loaded: LoadedRun, captions: list[str]) -> Tensor:
-    """An image for each caption, (N, 3, S, S) in [-1, 1]; prints how many captions are too long."""
+    """An image for each caption, (N, 3, S, S) in [-1, 1]; prints how many captions it truncates."""
     lengths = [len(loaded.format.text_tokens(caption)) for caption in captions]
     limit = loaded.format.caption_tokens
     n_truncated = sum(length > limit for length in lengths)

@@ -31,7 +31,7 @@ FIXED = {  # what the two sides of a comparison must share: key in summary.json
     "tokenizer": "tokenizer_sha256",
     "evaluation": "evaluation_sha256",
 }
-SCHEMA = {  # what the files of a trial must hold: {file: {key: type}}
+SCHEMA = {  # what the files of a trial must contain: {file: {key: type}}
     "config.yaml": {"tokens": int},
     "summary.json": {
         **dict.fromkeys(MEASURES, int | float),
@@ -133,7 +133,7 @@ def load_trial(folder: Path) -> Trial:
     if len(summary.get("code") or []) > 1:
         raise UserError(
             f"{folder} was trained by {len(summary['code'])} versions of the code (`code` in "
-            "summary.json); train it again from start to end with one"
+            "summary.json); train it again from scratch with one version"
         )
     keys = ("step", "val_loss", "val_bpb")
     last = [rows[-1].get(key) for key in keys] if rows else []
@@ -147,9 +147,9 @@ def load_trial(folder: Path) -> Trial:
 
 
 def read_data(path: Path) -> dict:
-    """The object in a JSON or YAML file that a stranger may have written.
+    """The object in a JSON or YAML file, which may be untrusted.
 
-    Raises many exception types if there is none.
+    May raise any type of exception if the file is not valid.
     """
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
@@ -157,23 +157,23 @@ def read_data(path: Path) -> dict:
     else:
         events = yaml.parse(text, Loader=yaml.SafeLoader)
         if any(isinstance(event, yaml.AliasEvent) for event in events):  # may grow exponentially
-            raise ValueError(f"{path.name} has an alias")
+            raise ValueError(f"{path.name} has a YAML alias")
         value = yaml.safe_load(text)
     if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds no settings")
+        raise ValueError(f"{path.name} contains no settings")
     return value
 
 
 def is_number(value) -> bool:
-    """Whether a value is a number, finite and small enough for statistics."""
+    """Whether a value is a finite number that is small enough for statistics."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and abs(value) < 1e15
 
 
 def check_values(folder: Path, name: str, values: dict) -> None:
-    """Raises UserError unless the values of a trial's file have the types of SCHEMA.
+    """Raises UserError unless the values in a trial's file have the types in SCHEMA.
 
-    Commit and command must also be safe to show and to paste into a terminal.
+    Commit and command must also be safe to print and to paste into a terminal.
     """
     for key, kind in SCHEMA[name].items():
         if key not in values:
