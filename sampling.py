@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from common.config import UserError, build_from_saved, check_not_negative
 from common.device import resolve_device
-from common.run import file_sha256, find_run, load_checkpoint, write_text
+from common.disk import file_sha256, write_text
+from common.run import find_run, load_checkpoint
 from data.files import first_line
 from data.source import digest
 from data.text import encode, end_of_text

@@ -31,6 +31,7 @@ from common.config import (
     run_script,
 )
 from common.device import Clock, fitting_sequences, resolve_device
+from common.disk import file_sha256
 from common.loop import (
     check_finite,
     clipped_norm,
@@ -44,15 +45,7 @@ from common.loop import (
     warming_up,
 )
 from common.metrics import Metrics, evaluations
-from common.run import (
-    check_run,
-    file_sha256,
-    find_run,
-    load_checkpoint,
-    origin,
-    resume,
-    save_checkpoint,
-)
+from common.run import check_run, find_run, load_checkpoint, origin, resume, save_checkpoint
 from data.captions import TokenizedImages, caption, caption_tokenizer, tokenized
 from data.images import ImageConfig, image_grid, load_images, to_float, to_uint8
 from data.order import batch_epochs, batch_indices, evenly_spaced, prefetch

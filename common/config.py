@@ -417,10 +417,10 @@ def check_fractions(cfg, *names: str) -> None:
         check_range(cfg, name, 0 <= getattr(cfg, name) <= 1, "be between 0 and 1")
 
 
-def check_range(cfg, name: str, good: bool, expected: str) -> None:
-    """Raises UserError if the setting is not `good`, not finite or above MAX_SETTING."""
+def check_range(cfg, name: str, valid: bool, expected: str) -> None:
+    """Raises UserError if the setting is not `valid`, not finite or above MAX_SETTING."""
     value = getattr(cfg, name)
-    if not good:
+    if not valid:
         raise UserError(f"--{name} is {value}; it must {expected}")
     if isinstance(value, float) and not value <= MAX_SETTING:
         raise UserError(f"--{name} is {value}; it must be at most {MAX_SETTING:,.0f}")

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from common.config import UserError, to_plain
 from common.device import Clock, device_name, peak_flops, peak_memory_gb
-from common.run import write_text, writing
+from common.disk import write_text
+from common.run import writing
 
 
 class Metrics:

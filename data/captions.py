@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.disk import cache_errors
 from data import shapes
-from data.images import ImageDataset, ShapesDataset, load_pixels, writing
+from data.images import ImageDataset, ShapesDataset, load_pixels
 from data.order import evenly_spaced
 from data.source import digest
 from data.tokenizer import load_tokenizer
@@ -111,19 +112,19 @@ class ImageTokenCache:
     def __init__(self, cache_dir: str, key: dict, n_image_tokens: int):
         self.row_bytes = 2 * n_image_tokens + 4
         self.path = Path(cache_dir) / "image_tokens" / f"{digest(key)}.rows"
-        with writing(self.path):
+        with cache_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
 
     def get(self, rows: Sequence[int], encode: Callable[[list[int]], Tensor]) -> Tensor:
         """Image tokens int64 (N, n_image_tokens) of rows; encode(rows) computes missing ones."""
-        with writing(self.path), self.path.open("rb") as file:
+        with cache_errors(self.path), self.path.open("rb") as file:
             found = {row: self.load(file, row) for row in rows}
         missing = [row for row, tokens in found.items() if tokens is None]
         if missing:
             encoded = encode(missing).cpu().numpy().astype("<u2")  # (missing, n_image_tokens)
             found |= zip(missing, encoded, strict=True)
-            with writing(self.path), self.path.open("r+b") as file:
+            with cache_errors(self.path), self.path.open("r+b") as file:
                 for row in missing:
                     data = found[row].tobytes()
                     file.seek(row * self.row_bytes)

@@ -12,8 +12,7 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import UserError
-from common.run import building, file_sha256, write_text
+from common.disk import building, cache_errors, file_sha256, write_text
 from data import shapes
 from data.image_source import (
     Records,
@@ -102,18 +101,6 @@ def choose_split(cfg: ImageConfig, split: str) -> tuple[Records, float, list[str
     return splits[chosen], 0.0 if cfg.val_source or val_name else cfg.val_fraction, notes
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Convert errors from writing to the cache, such as a full disk, into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free disk space or set another "
-            "--data.cache"
-        ) from error
-
-
 def image_request(cfg: ImageConfig, split: str, size: int) -> dict:
     """Everything that determines the prepared images of a split, except which images are excluded
     from training. Raises UserError.
@@ -140,7 +127,7 @@ def prepare_images(cfg: ImageConfig, split: str, size: int) -> Path:
         val = read_manifest(prepare_images(cfg, "val", size))
         request["val_images"] = digest(val["keys"])
     folder = Path(cfg.cache) / "images" / f"{split}-{digest(request)}"
-    with writing(folder), building(folder) as tmp:
+    with cache_errors(folder), building(folder) as tmp:
         if tmp is not None:
             manifest = write_images(tmp / "images.bin", cfg, split, size, val)
             manifest["request"] = request

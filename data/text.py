@@ -13,7 +13,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import HumanInt, UserError
-from common.run import file_sha256, locked, write_text
+from common.disk import cache_errors, file_sha256, locked, write_text
 from data.hub import hub_revisions
 from data.order import batch_indices, prefetch
 from data.source import (
@@ -253,19 +252,6 @@ def prepared(cfg: DataConfig, split: str, tokens: int, tokenizer) -> Path:
         if manifest["tokens"] < tokens and not manifest["complete"]:
             extend(folder, manifest, tokens, cfg, tokenizer, set(excluded))
     return folder
-
-
-@contextmanager
-def cache_errors(folder: Path) -> Iterator[None]:
-    """Convert errors from writing to a folder of the cache into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        path = error.filename or folder
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free disk space or fix the "
-            "permissions, then start again to continue after the last complete shard"
-        ) from error
 
 
 def extend(

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from common.config import UserError
-from common.run import building, write_text
+from common.disk import building, write_text
 from data.files import first_line
 from data.hub import hub_tokenizer
 from data.source import digest

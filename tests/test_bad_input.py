@@ -22,7 +22,8 @@ from helpers import MODULES, flags_of, script, sentences, train, train_stage, wr
 from safetensors.torch import load_file, save_file
 
 from common.config import run_script
-from common.run import checkpoints, file_sha256
+from common.disk import file_sha256
+from common.run import checkpoints
 
 PROGRAMS = {
     "llm": "train_llm",

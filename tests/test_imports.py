@@ -6,7 +6,7 @@ import re
 import pytest
 from helpers import ROOT
 
-COMMON = ("config", "device", "distributed", "run", "metrics", "loop")
+COMMON = ("config", "device", "disk", "distributed", "run", "metrics", "loop")
 SCRIPTS = {"train_llm", "train_vqvae", "train_multimodal", "generate"}
 LEAVES = {"model", "vqvae", "muon"}
 MIDDLE = {"sampling", "multimodal", "image_metrics"}

@@ -23,8 +23,9 @@ from helpers import (
 
 import train_llm
 from common.config import UserError, load_config, run_script, saved_config
+from common.disk import file_sha256, sha256_of
 from common.metrics import evaluations, read_metrics
-from common.run import checkpoints, file_sha256, lock_run, open_run, save_checkpoint, sha256_of
+from common.run import checkpoints, lock_run, open_run, save_checkpoint
 
 RUN = Path("runs/a")
 

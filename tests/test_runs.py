@@ -15,7 +15,8 @@ import train_llm
 import train_multimodal
 import train_vqvae
 from common.config import UserError, flatten, load_config, saved_config
-from common.run import building, check_run, find_run
+from common.disk import building
+from common.run import check_run, find_run
 
 COMMIT = "b2c9ea088fbf532d035815d6a8d86331bb2d90cc"
 
@@ -197,8 +198,8 @@ def test_a_folder_whose_building_fails_does_not_exist(workdir):
 def test_a_folder_is_built_although_another_process_is_suspended_in_building_it(workdir):
     """Process 1 holds the lock and does not go on before process 2 has ended."""
     code = (
-        "from pathlib import Path; import common.run as run; run.PATIENCE = 0.1\n"
-        "with run.building(Path('cache/x')) as tmp: (tmp / 'file').write_text('whole')"
+        "from pathlib import Path; import common.disk as disk; disk.PATIENCE = 0.1\n"
+        "with disk.building(Path('cache/x')) as tmp: (tmp / 'file').write_text('whole')"
     )
     with building(Path("cache/x")) as tmp:
         done = script("-c", code)

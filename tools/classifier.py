@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from common.config import UserError
 from common.device import Clock
+from common.disk import file_sha256, locked, write_text
 from common.loop import trapezoid, update
-from common.run import file_sha256, locked, write_text
 from data.files import first_line
 
 SIDE = 32  # side in pixels of the images that the network reads

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import train_llm
 from common.config import UserError, flatten
-from common.run import write_text
+from common.disk import write_text
 from tools.trials import (
     BUDGETS,
     P_WORSE,

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import train_llm
 from common.config import RUNS, UserError, load_config, run_script, stop
-from common.run import git_state, write_text
+from common.disk import write_text
+from common.run import git_state
 from tools import leaderboard
 from tools.leaderboard import (
     DOCS,

@@ -28,7 +28,7 @@ from common.config import (
     run_script,
 )
 from common.device import resolve_device
-from common.run import write_text
+from common.disk import write_text
 from data import shapes
 from data.captions import article
 from data.images import (
