@@ -41,7 +41,14 @@ from common.loop import (
 from common.metrics import Metrics, ast_sha256, evaluations
 from common.run import check_run, origin, resume
 from data.source import digest
-from data.text import DataConfig, Tokens, eval_windows, prepare_tokens, token_batches
+from data.text import (
+    DataConfig,
+    Tokens,
+    eval_windows,
+    prepare_tokens,
+    token_batches,
+    token_request,
+)
 from data.tokenizer import load_tokenizer, token_subwords
 from model import MAX_SUBWORDS, Llama, ModelConfig
 from muon import build_optimizers
@@ -259,6 +266,7 @@ def main(cfg: Config) -> dict:
 
     # ---- data
     parent = origin(cfg, run)
+    token_request(cfg.data, "train", "")  # finds a wrong path before anything is downloaded
     tokenizer = load_tokenizer(cfg.data, saved=parent and parent / "tokenizer")
     if len(tokenizer) > cfg.model.vocab_size:
         raise UserError(

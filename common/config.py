@@ -223,6 +223,13 @@ def one_line(message: str, parser: ArgumentParser) -> str:
         settings = [action.dest for action in parser._actions]
         close = difflib.get_close_matches(name, settings, n=1)
         message += f" - did you mean --{close[0]}?" if close else " - --help lists all settings"
+    elif extra := re.search(r"unrecognized arguments: (\S+)", message):
+        is_config = extra[1].endswith((".yaml", ".yml"))
+        message += (
+            f" - did you mean --config {extra[1]}?"
+            if is_config
+            else (" - put a value with spaces or a pattern such as 'books/*.txt' in quotes")
+        )
     return " ".join(message.split())
 
 

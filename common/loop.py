@@ -172,7 +172,7 @@ def check_finite(
     command = f"--run {next(name for name in names if not (RUNS / name).exists())}"
     where = "start again"
     if saved:
-        where = f"continue from {saved[-1]}"
+        where = f"continue from {saved[-1]} (or, if that fails too, start again)"
         command = f"--resume {saved[-1]} {command}"
     raise UserError(
         f"loss {numbers[0]}, gradient norm {numbers[-1]}, norm of weights and optimizer state "

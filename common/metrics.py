@@ -158,7 +158,9 @@ class Metrics:
         with writing(self.run, self.run / "summary.json"):
             plot_loss(self.run, self.unit)
             write_text(self.run / "summary.json", json.dumps(summary, indent=2))
-        print("\n".join(f"{key}: {value}" for key, value in summary.items()))
+        nested = ("code", "inputs")  # long, and in the file
+        shown = {key: value for key, value in summary.items() if key not in nested}
+        print("\n".join(f"{key}: {value}" for key, value in shown.items()))
         print(f"saved in {self.run}")
         return summary
 

@@ -54,8 +54,10 @@ def check_run(cfg) -> Path:
     run = RUNS / cfg.run
     if cfg.resume is not True:
         if run.exists():
-            remedy = "choose another --run" if cfg.resume else "add --resume, choose another --run"
-            raise UserError(f"{run} exists; {remedy} or delete it")
+            remedy = "add --resume, choose another --run or delete it"
+            if cfg.resume:
+                remedy = "name the run that is to start from the checkpoint: --run NEW_NAME"
+            raise UserError(f"{run} exists; {remedy}")
         if cfg.resume:
             check_same_settings(cfg, branch_parent(cfg), FIXED_IN_BRANCH)
         return run

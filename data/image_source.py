@@ -224,7 +224,12 @@ def read_metadata(files: list[Path], images: set[Path]) -> tuple[str | None, lis
     column = next((c for c in CAPTION_COLUMNS if any(c in line for _, line in lines)), None)
     rows = []
     for file, line in lines if column else ():
-        name = line.get("file_name")
+        if "file_name" not in line:
+            raise UserError(
+                f"{file} has no column 'file_name', only {', '.join(map(str, line))}; rename the "
+                "column that names the images"
+            )
+        name = line["file_name"]
         image = file.parent / os.path.normpath(str(name))
         if image not in images:
             raise UserError(

@@ -357,7 +357,7 @@ def load_images(
     if captions and data.captions is None:
         raise UserError(
             f"data source {source} has no captions; add a column `text` or `caption`, or class "
-            "labels with names"
+            "labels with names (in a folder of images: a metadata.jsonl, or a subfolder per class)"
         )
     return data
 

@@ -255,6 +255,8 @@ class Reader:
 
     def check_texts(self) -> None:
         """Raises UserError if no record so far has text."""
+        if not self.n_texts and not self.columns:  # plain text
+            raise UserError(f"data source {self.source} has no text; add some")
         if not self.n_texts:
             columns = f", only {', '.join(self.columns)}" if self.columns else ""
             problem = "text in column" if self.column in self.columns else "column"

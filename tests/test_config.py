@@ -238,6 +238,18 @@ def printed(request):
     return Help(program, setting_values(config), purpose, " ".join(text.split()), entries)
 
 
+@pytest.mark.parametrize(
+    "words, advice",
+    [
+        (["configs/llm_demo.yaml"], "did you mean --config configs/llm_demo.yaml"),
+        (["--data.source", "a.txt", "b.txt"], "a pattern such as 'books/\\*.txt' in quotes"),
+    ],
+)
+def test_a_word_that_belongs_to_no_flag_is_explained(words, advice):
+    with pytest.raises(UserError, match=advice):
+        load_config(train_llm.Config, words)
+
+
 def test_help_lists_every_setting(printed):
     assert [name for name in printed.defaults if name not in printed.entries] == []
 

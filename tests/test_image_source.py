@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from common.config import UserError
-from data.image_source import decode_image, to_rgb
+from data.image_source import decode_image, open_source, to_rgb
 from data.images import ImageConfig, load_images
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -357,6 +357,15 @@ def test_metadata_that_names_no_image_of_the_folder_is_refused(workdir, name):
     write_jsonl([{"file_name": name, "text": "a cat"}])
     with pytest.raises(UserError, match=f"set/metadata.jsonl names {name!r} in column 'file_name'"):
         load_all("set")
+
+
+def test_metadata_without_file_names_lists_its_columns(workdir):
+    Image.new("RGB", (8, 8)).save("a.png")
+    Path("set").mkdir()
+    Path("a.png").rename("set/a.png")
+    Path("set/metadata.jsonl").write_text('{"filename": "a.png", "text": "a square"}\n')
+    with pytest.raises(UserError, match="no column 'file_name', only filename, text; rename"):
+        open_source("set", 0.0)
 
 
 def test_metadata_without_captions_leaves_class_labels(workdir, capsys):

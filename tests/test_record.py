@@ -131,6 +131,12 @@ def copy_project(source: Path, tmp_path: Path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def command(monkeypatch):
+    """The command line that trials record; that of a test worker is not one to repeat."""
+    monkeypatch.setattr("sys.argv", ["record.py", "trials"])
+
+
 @pytest.fixture(scope="session")
 def project_template(tmp_path_factory):
     """A git checkout with two commits, the second one line longer, and five runs of each."""

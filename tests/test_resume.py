@@ -241,7 +241,7 @@ def test_the_config_of_a_branch_repeats_it(parent):
         (["--run=b", "--batch_tokens=64", "--micro_batch=1"], "--batch_tokens is 64, but"),
         (["--run=b", "--model.d_ff=96"], "--model.d_ff is 96, but"),
         (["--run=b", "--data.val_fraction=0.3"], "--data.val_fraction is 0.3, but"),
-        ([], "runs/a exists; choose another --run"),
+        ([], "runs/a exists; name the run that is to start from the checkpoint: --run NEW_NAME"),
     ],
 )
 def test_a_branch_shares_budget_batch_data_and_model(parent, words, message):

@@ -262,7 +262,7 @@ def test_a_document_of_the_limit_is_not_split(workdir, monkeypatch):
         ("a/b/c", None, "a/b/c matches no file"),
         ("wikitext", None, "wikitext is neither a local file or folder nor a hub dataset OWNER/"),
         ("image.png", b"x", "files of type .png; use files of one type"),
-        ("bad.jsonl", b"", "bad.jsonl has no column 'text'"),
+        ("bad.jsonl", b"", "bad.jsonl has no text; add some"),
         ("bad.jsonl", b'{"title": "x"}\n', "no column 'text', only title .*--data.text_column"),
         ("bad.jsonl", b'{"text": " ", "n": 1}', r"no text in column 'text', only text, n \(in 1 "),
         ("bad.jsonl", b'{"text": 5}\n', "holds int, not text"),
@@ -284,6 +284,12 @@ def test_a_bad_source_gives_one_line_that_names_it(workdir, source, content, mes
     with pytest.raises(UserError, match=message) as error:
         texts(source)
     assert "\n" not in str(error.value)
+
+
+def test_an_empty_text_file_is_refused(workdir):
+    Path("empty.txt").write_text("")
+    with pytest.raises(UserError, match="^data source empty.txt has no text; add some$"):
+        list(documents("empty.txt", "text", {}))
 
 
 def test_a_source_without_text_is_refused_after_its_first_records(workdir, monkeypatch):

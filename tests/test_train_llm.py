@@ -284,6 +284,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(workdir, monk
     assert losses("a")[-1][0] == 11
 
 
+def test_a_wrong_path_is_found_before_a_tokenizer_is_loaded(workdir, monkeypatch):
+    monkeypatch.setattr(train_llm, "load_tokenizer", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match="data source nowhere.txt matches no file"):
+        train(run="a", data__source="nowhere.txt")
+
+
 def test_resume_needs_only_the_name(workdir):
     summary = train(run="a")
     Path("runs/a/summary.json").unlink()
