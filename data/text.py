@@ -424,7 +424,7 @@ def print_notes(manifest: dict) -> None:
         (counts.get("blank"), "skipped {} without text"),
         (counts.get("replaced"), f"found U+FFFD (invalid characters) in {{}}, first in {place}"),
         (counts.get("split"), f"split {{}} longer than {PART_CHARACTERS:,} characters"),
-        (manifest["excluded"], "excluded {} also found in --data.val_source"),
+        (manifest["excluded"], "excluded {} (also in --data.val_source)"),
     ):
         if n:
             documents = f"{n:,} document{'s' if n > 1 else ''}"

@@ -108,7 +108,7 @@ def test_training_documents_that_are_in_the_validation_source_are_excluded(
     assert sorted(split_documents(tokenizer, folder)) == sorted(sentences(300)[60:])
     assert manifest_of(folder)["excluded"] == 60
     printed = capsys.readouterr().out
-    assert "train data: excluded 60 documents also found in --data.val_source" in printed
+    assert "train data: excluded 60 documents (also in --data.val_source)" in printed
 
 
 def write_ids(path: str, tokenizer, documents: list[str]) -> None:
