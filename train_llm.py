@@ -20,6 +20,7 @@ from common.config import (
     HumanInt,
     RunConfig,
     UserError,
+    check_beta,
     check_fractions,
     check_not_negative,
     check_positive,
@@ -143,7 +144,8 @@ def resolve_recipe(cfg: Config) -> int:
         cfg.adamw_beta2 = 0.5 ** (cfg.batch_tokens / min(5e6, cfg.tokens / 8))
     check_positive(cfg, "adamw_lr")
     check_not_negative(cfg, "muon_wd")
-    check_fractions(cfg, "lr_floor", "adamw_beta2")
+    check_fractions(cfg, "lr_floor")
+    check_beta(cfg, "adamw_beta2")
     return steps
 
 

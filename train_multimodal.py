@@ -25,6 +25,7 @@ from common.config import (
     RunConfig,
     UserError,
     build_from_saved,
+    check_beta,
     check_fractions,
     check_not_negative,
     check_positive,
@@ -150,7 +151,8 @@ def resolve_recipe(cfg: Config) -> tuple[int, int]:
     check_positive(cfg, "muon_lr", "adamw_lr", "eval_sequences", "top_p")
     check_not_negative(cfg, "caption_weight", "sample_n", "temperature")
     check_guidance(cfg)
-    check_fractions(cfg, "top_p", "text_frac", "caption_dropout", "adamw_beta2", "lr_floor")
+    check_fractions(cfg, "top_p", "text_frac", "caption_dropout", "lr_floor")
+    check_beta(cfg, "adamw_beta2")
     steps = resolve_steps(cfg, "sequences", "batch_sequences")
     n_text = round(cfg.text_frac * cfg.batch_sequences)
     if cfg.text_frac and not 0 < n_text < cfg.batch_sequences:

@@ -319,7 +319,7 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in tree.items():
         is_tree = isinstance(value, dict)
-        flat.update(flatten(value, f"{prefix}{key}.") if is_tree else {prefix + key: value})
+        flat.update(flatten(value, f"{prefix}{key}.") if is_tree else {f"{prefix}{key}": value})
     return flat
 
 
@@ -422,6 +422,10 @@ def check_not_negative(cfg, *names: str) -> None:
 def check_fractions(cfg, *names: str) -> None:
     for name in names:
         check_range(cfg, name, 0 <= getattr(cfg, name) <= 1, "be between 0 and 1")
+
+
+def check_beta(cfg, name: str) -> None:
+    check_range(cfg, name, 0 <= getattr(cfg, name) < 1, "be at least 0 and less than 1")
 
 
 def check_range(cfg, name: str, valid: bool, expected: str) -> None:

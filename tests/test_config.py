@@ -152,6 +152,7 @@ BAD = {
     "--micro_batch=0": "--micro_batch is 0",
     "--config=none.yaml": "none.yaml",
     "--cooldown_frac=2": "--cooldown_frac is 2.0; it must be between 0 and 1",
+    "--adamw_beta2=1": "--adamw_beta2 is 1.0; it must be at least 0 and less than 1",
     "--device=gpu": "--device gpu",
     "--run=a/b": "'a/b' is not a valid name",
     "--tokens=100": "less than one step",

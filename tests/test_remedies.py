@@ -247,7 +247,7 @@ REPAIRS = [
         "metrics",
         damaged_metrics,
         RESUME,
-        r"damaged at line 1; restore it, or delete (\S+)",
+        r"does not match the checkpoint of step 5; restore it, or delete (\S+)",
         llm(run="a"),
     ),
     ("config", lost_config, RESUME, r"delete (\S+) and omit --resume", llm(run="a")),

@@ -386,8 +386,19 @@ def test_a_damaged_row_among_others_is_named(halfway):
     path = RUN / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:3], "{\n", *lines[4:]]))
-    with pytest.raises(UserError, match="metrics.jsonl is damaged at line 4; restore it, or"):
+    with pytest.raises(UserError, match="metrics.jsonl does not match the checkpoint of step 18"):
         resumed()
+
+
+def test_a_row_after_the_checkpoint_is_never_trusted(halfway):
+    """The evaluation of the checkpoint's own step is not covered by its hash: it is repeated."""
+    train_llm.main(load_config(train_llm.Config, ["--run=a", "--resume"]))
+    unfinish(keep=2)
+    path = RUN / "metrics.jsonl"
+    *rows, last = path.read_text().splitlines()
+    assert "val_loss" in last
+    path.write_text("\n".join([*rows, last.replace("val_loss", "vbl_loss")]) + "\n")
+    assert resumed()["val_loss"] == json.loads(last)["val_loss"]
 
 
 def test_metrics_that_lack_steps_of_the_checkpoint_are_refused(halfway):
