@@ -156,7 +156,7 @@ def load_config(
         cfg = config_class(**vars(parser.instantiate(values)))
     except (ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(one_line(str(error), parser)) from error
-    check_numbers(cfg)
+    check_values(cfg)
     settings = json.dumps(dataclasses.asdict(cfg), default=str, ensure_ascii=False)
     if redact(settings) != settings:
         raise UserError(
@@ -399,11 +399,16 @@ def made_by(run: Path) -> str:
 
 
 # ---- checks
-def check_numbers(cfg) -> None:
-    """Raises UserError for a number that is not finite or does not fit in 64 bits."""
+def check_values(cfg) -> None:
+    """Raises UserError for a number that is not finite or does not fit in 64 bits, and for a NUL
+    character, which no path may contain.
+    """
     for name, value in flatten(dataclasses.asdict(cfg)).items():
         if isinstance(value, int | float) and not abs(value) < 2**63:  # nan compares as false
             raise UserError(f"--{name} is {value}; use a finite number below 2^63")
+        if "\0" in name or (isinstance(value, str) and "\0" in value and name != "prompt"):
+            where = name.replace("\0", "NUL")
+            raise UserError(f"--{where} is {value!r}; remove the NUL character")
 
 
 MAX_SETTING = 1e12  # limit for float settings; larger values overflow

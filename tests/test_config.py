@@ -239,6 +239,13 @@ def printed(request):
     return Help(program, setting_values(config), purpose, " ".join(text.split()), entries)
 
 
+@pytest.mark.parametrize("line", ['cache: "a\\0b"', 'source: {"a\\0b": 1.0}'])
+def test_a_nul_character_in_a_file_of_settings_is_refused(workdir, line):
+    Path("c.yaml").write_text(f"data: {{{line}}}\n")
+    with pytest.raises(UserError, match="remove the NUL character"):
+        load_config(train_llm.Config, ["--config", "c.yaml"])
+
+
 @pytest.mark.parametrize(
     "words, advice",
     [
