@@ -12,11 +12,10 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import UserError, build_from_saved, check_not_negative
+from common.config import UserError, build_from_saved, check_not_negative, first_line
 from common.device import resolve_device
 from common.disk import file_sha256, write_text
 from common.run import find_run, load_checkpoint
-from data.files import first_line
 from data.source import digest
 from data.text import encode, end_of_text
 from model import KVCache, Llama, ModelConfig, sample

@@ -274,7 +274,7 @@ def main(cfg: Config) -> dict:
         raise UserError(
             f"tokenizer {cfg.data.tokenizer} has {len(tokenizer)} entries, but --model.vocab_size "
             f"is {cfg.model.vocab_size}; set it to {len(tokenizer)} or more, or choose a smaller "
-            "tokenizer (at most 65536 entries)"
+            "tokenizer"
         )
     for prompt in cfg.sample_prompts:
         prompt_ids(tokenizer, prompt, seq_len)  # raise now rather than at the first evaluation

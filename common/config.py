@@ -24,6 +24,11 @@ class UserError(Exception):
     """An input error: one line with the value, the setting or file, and a remedy that works."""
 
 
+def first_line(error: Exception) -> str:
+    """First line of an exception's message without its period, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].removesuffix(".")
+
+
 class HumanInt(int):
     """An integer that may be written as 300k, 20M, 1B or 1e6. Raises ValueError for other input."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.config import UserError
+from common.config import UserError, first_line
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets.
 PEAK_BF16 = {
@@ -34,7 +34,7 @@ def resolve_device(cfg) -> torch.device:
         device = torch.device(cfg.device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"--device {cfg.device} cannot be used: {reason}; try --device cpu"
         ) from error

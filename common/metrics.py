@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
-from common.config import UserError, to_plain
+from common.config import UserError, first_line, to_plain
 from common.device import Clock, device_name, peak_flops, peak_memory_gb
 from common.disk import write_text
 from common.run import writing
@@ -184,7 +184,7 @@ def check_wandb(cfg) -> None:
             if wandb.login(prompt=False):
                 return
     except Exception as error:  # wandb raises many exception types
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     raise UserError(
         f"--wandb is set, but {reason}; run `wandb login`, set WANDB_API_KEY, or set "
         "WANDB_MODE=offline to log to the run folder"
@@ -209,7 +209,7 @@ def open_wandb(run: Path, cfg):
         )
     except Exception as error:  # wandb raises many exception types
         raise UserError(
-            f"--wandb failed: {str(error).splitlines()[0]}; check the network and the key, or set "
+            f"--wandb failed: {first_line(error)}; check the network and the key, or set "
             "WANDB_MODE=offline"
         ) from error
 

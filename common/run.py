@@ -25,6 +25,7 @@ from common.config import (
     MACHINE_KEYS,
     RUNS,
     UserError,
+    first_line,
     flatten,
     made_by,
     redact,
@@ -292,7 +293,7 @@ def writing(run: Path, path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         remove_temporary(path.parent)
         kept, then = "", "start the run again"
         if run.exists():
@@ -354,7 +355,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> di
 
 def damage_message(folder: Path, error: Exception) -> str:
     """What is wrong with a checkpoint, and what to do about it."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = first_line(error)
     if isinstance(error, KeyError):
         reason = f"state.json has no {error}"
     run = folder.parent.parent

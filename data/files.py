@@ -21,7 +21,7 @@ from typing import TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.config import UserError
+from common.config import UserError, first_line
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "val", "valid", "dev"), "val"
@@ -127,11 +127,6 @@ def file_kind(file: Path) -> str | None:
 
 
 # ---- reading files
-def first_line(error: Exception) -> str:
-    """First line of an exception's message without its period, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].removesuffix(".")
-
-
 @contextmanager
 def named_errors(file: Path) -> Iterator[None]:
     """Convert errors from reading a file into a UserError that names the file."""

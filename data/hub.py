@@ -27,8 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
 
-from common.config import UserError
-from data.files import first_line
+from common.config import UserError, first_line
 
 SHUFFLE_BUFFER = 10_000  # records in a stream's shuffle buffer; corpora are sorted by origin
 STREAM_BATCH = 100  # records read at a time: few, so that the first ones arrive quickly

@@ -20,10 +20,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common.config import UserError
+from common.config import UserError, first_line
 from data.files import (
     check_regular,
-    first_line,
     json_records,
     open_text,
     parquet_records,

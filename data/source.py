@@ -33,14 +33,13 @@ from data.files import (
     text_blocks,
     walk,
 )
-from data.hub import hub_stream
+from data.hub import SHUFFLE_BUFFER, hub_stream
 
 # Streams are shuffled, because corpora are sorted by origin. The order is that of `datasets` 5.2
 # with .shuffle(seed=0, buffer_size=10_000): tables of records (single records for text files) are
 # taken in turn from up to ten groups of files.
-SHUFFLE_RECORDS = 10_000
 SHUFFLE_GROUPS = 10
-TABLE_RECORDS = SHUFFLE_RECORDS // SHUFFLE_GROUPS
+TABLE_RECORDS = SHUFFLE_BUFFER // SHUFFLE_GROUPS
 SHUFFLE_BYTES = 128_000_000  # bounds memory, regardless of the length of documents
 PART_CHARACTERS = 1_000_000  # longer documents are split into parts
 PEEK_RECORDS = 1000  # a source whose first records have no text is rejected
@@ -143,10 +142,10 @@ def shuffled(tables: Iterator) -> Iterator[dict | None]:
         if record is not END_OF_TABLE:
             buffer.append(packed(record))
             size += len(buffer[-1][1])
-        is_full = record is END_OF_TABLE and len(buffer) >= SHUFFLE_RECORDS
+        is_full = record is END_OF_TABLE and len(buffer) >= SHUFFLE_BUFFER
         if is_full or size >= SHUFFLE_BYTES:
             order = rng.permutation(len(buffer))
-            n_out = len(buffer) - min(SHUFFLE_RECORDS, len(buffer)) // 2
+            n_out = len(buffer) - min(SHUFFLE_BUFFER, len(buffer)) // 2
             yield from (unpacked(*buffer[i]) for i in order[:n_out])
             buffer = [buffer[i] for i in order[n_out:]]
             size = sum(len(data) for _, data in buffer)

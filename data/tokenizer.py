@@ -11,9 +11,8 @@ import tokenizers
 import torch
 import transformers
 
-from common.config import UserError
+from common.config import UserError, first_line
 from common.disk import building, write_text
-from data.files import first_line
 from data.hub import hub_tokenizer
 from data.source import digest
 from data.text import DataConfig, end_of_text, token_request, training_records

@@ -16,7 +16,7 @@ import train_multimodal
 import train_vqvae
 from common.config import UserError, flatten, load_config, saved_config
 from common.disk import building
-from common.run import check_run, find_run
+from common.run import check_run, find_run, git_state
 
 COMMIT = "b2c9ea088fbf532d035815d6a8d86331bb2d90cc"
 
@@ -217,3 +217,16 @@ def test_what_a_dead_process_left_is_removed_and_what_a_live_one_builds_is_not(w
     with building(Path("cache/x")) as tmp:
         fill(tmp)
     assert (dead.exists(), live.exists()) == (False, True)
+
+
+def test_reading_the_commit_writes_nothing_into_the_checkout(tmp_path, monkeypatch):
+    """A killed `git status` that refreshes the index would leave .git/index.lock behind."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=n@example.org"]
+    (tmp_path / "a.py").write_text("1\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    os.utime(tmp_path / "a.py", (1, 1))  # so that git would refresh the index
+    index = (tmp_path / ".git/index").read_bytes()
+    monkeypatch.setattr("common.run.ROOT", tmp_path)
+    assert git_state()["dirty"] is False
+    assert (tmp_path / ".git/index").read_bytes() == index

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import sentences, write_jsonl
 
-from common.config import UserError
+from common.config import UserError, first_line
 from data import source
-from data.files import first_line, parquet_records, split_files, walk
+from data.files import parquet_records, split_files, walk
 from data.source import content_hash, digest, documents, local_files
 
 
@@ -84,7 +84,7 @@ def order_of_datasets(files: list[Path]) -> list[str]:
     }[files[0].suffix]
     options |= {"data_files": [str(file) for file in files], "split": "train", "streaming": True}
     stream = datasets.load_dataset(loader, **options)
-    return [r["text"] for r in stream.shuffle(seed=0, buffer_size=source.SHUFFLE_RECORDS)]
+    return [r["text"] for r in stream.shuffle(seed=0, buffer_size=source.SHUFFLE_BUFFER)]
 
 
 def write_records(suffix: str, sizes: list[int]) -> list[Path]:
@@ -111,7 +111,7 @@ def write_records(suffix: str, sizes: list[int]) -> list[Path]:
     ],
 )
 def test_local_files_are_read_in_the_order_of_datasets(workdir, monkeypatch, suffix, sizes):
-    monkeypatch.setattr(source, "SHUFFLE_RECORDS", 100)
+    monkeypatch.setattr(source, "SHUFFLE_BUFFER", 100)
     monkeypatch.setattr(source, "TABLE_RECORDS", 10)
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     files = write_records(suffix, sizes)
@@ -153,7 +153,7 @@ JSON = '{"text": "one", "x": 1}\n\n{"x": "a", "text": "two"}\r\n{"text": "three"
         ("a.json", b'["one", "two", "three"]'),
         ("a.jsonl", b"\xef\xbb\xbf" + JSON.encode()),
         ("a.jsonl", JSON.encode("utf-16")),
-        ("a.jsonl.gz", gzip.compress(JSON.encode())),
+        ("a.jsonl.gz", gzip.compress(JSON.encode(), mtime=0)),
         ("a.jsonl.bz2", bz2.compress(JSON.encode())),
         ("a.jsonl.xz", lzma.compress(JSON.encode())),
         ("a.jsonl.zst", pa.compress(JSON.encode(), "zstd", asbytes=True)),
@@ -174,7 +174,7 @@ def test_one_json_object_may_span_lines(workdir):
     "content", ["ä\nb".encode(), b"\xef\xbb\xbf\xc3\xa4\nb", "ä\r\nb".encode("utf-16")]
 )
 def test_plain_text_files_are_one_document_each(workdir, name, content):
-    Path(name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    Path(name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
     assert texts(name) == ["ä\nb"]
 
 
@@ -273,7 +273,7 @@ def test_a_document_of_the_limit_is_not_split(workdir, monkeypatch):
         ("bad.jsonl", b"[" * 100_000, "bad.jsonl, line 1: invalid JSON"),
         ("bad.jsonl", b"\xff\xfe\x00rubbish", "bad.jsonl, line 1: invalid JSON"),
         ("bad.parquet", b"rubbish", "cannot read bad.parquet: .*check that the file is intact"),
-        ("bad.txt.gz", gzip.compress(b"x" * 99)[:-9], "cannot read bad.txt.gz: "),
+        ("bad.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "cannot read bad.txt.gz: "),
         ({}, None, "at least one source"),
         ({"corpus.jsonl": -1}, None, "positive weights"),
     ],

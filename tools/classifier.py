@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from common.config import UserError
+from common.config import UserError, first_line
 from common.device import Clock
 from common.disk import file_sha256, locked, write_text
 from common.loop import trapezoid, update
-from data.files import first_line
 
 SIDE = 32  # side in pixels of the images that the network reads
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import yaml
 from scipy.stats import ttest_ind
 
-from common.config import UserError, flatten
+from common.config import UserError, first_line, flatten
 from common.metrics import evaluations
-from data.files import first_line
 
 MEASURES = {  # key in summary.json: (title in tables, number format)
     "val_loss": ("validation loss, nats per token", ".4f"),
