@@ -68,9 +68,9 @@ class Config:
     """PNG file to write. If n is more than 1, it is a grid, and each image is also saved in a
     folder of the same name. null: a file in runs/NAME/generated/."""
     device: str = "auto"
-    """Device: cpu, cuda, ... auto: a GPU if there is one."""
+    """Device: cpu, cuda, mps, ... auto: the accelerator that PyTorch finds, otherwise the CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype. auto: bfloat16 on GPUs with native bfloat16, otherwise float32."""
+    """Compute dtype. auto: bfloat16 where the hardware computes it faster, otherwise float32."""
 
 
 def read_prompt(prompt: str | None) -> str:

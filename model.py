@@ -3,6 +3,7 @@
 RMSNorm before each sublayer, rotary positions, grouped-query attention with QK-norm, a squared-ReLU
 MLP (arXiv 2109.08668), no biases, tied input and output embeddings. Weights are fp32; the forward
 pass casts them to `compute_dtype` where they are used, so the optimizer always sees full precision.
+`Llama.for_inference` casts them once.
 
 Four optional additions, each off at 0 or False in ModelConfig:
 
@@ -20,8 +21,9 @@ dimension, F hidden width of the MLP, N = B * T.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,11 @@ from torch import Tensor, nn
 
 MAX_SUBWORDS = 10  # per token: 4 prefixes, 4 suffixes, the lowercase form, the letter case
 
-# Logits the loss holds at a time, 128 MB in fp32: large for a GPU, good on a CPU, docs/LOG.md
+# Most logits the loss holds at a time, 128 MB in fp32: large for a GPU, good on a CPU, docs/LOG.md
 CHUNK_LOGITS = 2**25
+
+
+KEY_BLOCK = 128  # decoding attends to this many cached positions, or a multiple of it
 
 
 # ---- config
@@ -153,12 +158,17 @@ def rotary_2d(table: Tensor, position_ids: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (B, T, H, D) by angles ([B,] T, D/2), pairing i with i + D/2 as Hugging Face Llama."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # ([B,] T, 1, D/2)
-    x1, x2 = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
+    x1, x2 = x.float().chunk(2, dim=-1)  # (B, T, H, D/2) each
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)  # (B, T, H, D)
 
 
 class KVCache:
-    """Keys, values and recent Canon inputs of past positions, so each is computed only once."""
+    """Keys, values and recent Canon inputs of past positions, so each is computed only once.
+
+    The buffers keep their shapes and addresses, and the position is a tensor, so the kernels of a
+    decoding step can be recorded and run again for later positions. `extent` is the exception: a
+    recording is valid until the positions exceed it.
+    """
 
     def __init__(
         self,
@@ -168,20 +178,41 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        shape = (2, config.n_layers, batch, config.n_kv_heads, max_len, config.d_head)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)  # (2, n_layers, B, G, max_len, D)
+        S = -(-max_len // KEY_BLOCK) * KEY_BLOCK
+        shape = (batch, config.n_kv_heads, S, config.d_head)  # (B, G, S, D) for each layer
+        # zeros: attention multiplies unused positions by 0, so they must be finite
+        layers = range(config.n_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.recent: dict[Canon, Tensor] = {}  # last inputs of each Canon layer, (B, canon, C)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)  # `length` on the device
         self.length = 0
+        self.heads_per_group = config.n_heads // config.n_kv_heads
+
+    def advance(self, T: int) -> Tensor:
+        """Make room for T more positions and return their indices (T,)."""
+        device, dtype = self.position.device, self.values[0].dtype
+        self.index = self.position + torch.arange(T, device=device)  # (T,)
+        self.position += T
+        self.length += T
+        self.extent = -(-self.length // KEY_BLOCK) * KEY_BLOCK
+        future = torch.arange(self.extent, device=device) > self.index[:, None]  # (T, extent)
+        mask = torch.zeros_like(future, dtype=dtype).masked_fill(future, -math.inf)
+        self.mask = mask.repeat(self.heads_per_group, 1)  # (H/G * T, extent)
+        return self.index
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, G, T, D) to a layer and return all its keys and values.
+        """Store k and v (B, G, T, D) and return a layer's first `extent` keys and values."""
+        keys, values = self.keys[layer], self.values[layer]  # (B, G, S, D) each
+        keys.index_copy_(2, self.index, k)
+        values.index_copy_(2, self.index, v)
+        return keys[:, :, : self.extent], values[:, :, : self.extent]  # (B, G, extent, D) each
 
-        The caller advances `length` once every layer has appended.
-        """
-        end = self.length + k.shape[2]
-        self.kv[0, layer, :, :, self.length : end] = k
-        self.kv[1, layer, :, :, self.length : end] = v
-        return self.kv[0, layer, :, :, :end], self.kv[1, layer, :, :, :end]  # (B, G, end, D) each
+
+def run(step: Callable[[], None]) -> Callable[[], None]:
+    """Run a decoding step and return a function that runs it again: the step itself."""
+    step()
+    return step
 
 
 class Canon(nn.Module):
@@ -195,8 +226,10 @@ class Canon(nn.Module):
         K, T = len(self.weight), x.shape[1]
         past = cache.recent.get(self) if cache is not None else None  # (B, K, C)
         x = F.pad(x, (0, 0, K, 0)) if past is None else torch.cat((past, x), dim=1)  # (B, K + T, C)
-        if cache is not None:
-            cache.recent[self] = x[:, -K:]  # (B, K, C)
+        if past is not None:
+            past.copy_(x[:, -K:])  # in place: its address must not change
+        elif cache is not None:
+            cache.recent[self] = x[:, -K:].clone()  # (B, K, C)
         return x[:, K:] + sum(
             x[:, K - i : K - i + T] * w for i, w in enumerate(self.weight.to(x.dtype), start=1)
         )  # (B, T, C)
@@ -230,18 +263,15 @@ class Attention(nn.Module):
         v = v.view(B, T, -1, self.d_head)  # (B, T, G, D)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
-        past = cache.length if cache is not None else 0
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, G, past + T, D)
-        # is_causal would align the mask with the first key, not the last; T = 1 needs no mask
-        mask = (
-            torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-            if past and T > 1
-            else None
-        )
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=past == 0, enable_gqa=True
-        )  # (B, H, T, D)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            k, v = cache.append(self.layer, k, v)  # (B, G, extent, D)
+            # the query heads of a group share its keys, so they are treated as further positions
+            grouped = q.reshape(B, k.shape[1], -1, self.d_head)  # (B, G, H/G * T, D)
+            y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=cache.mask)
+            y = y.view(q.shape)
+        # y: (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
@@ -336,12 +366,19 @@ class Llama(nn.Module):
         return own + F.embedding_bag(bags, padded, mode="sum", padding_idx=0).view_as(own)
 
     @torch.no_grad()
-    def fold_subwords(self) -> "Llama":
-        """Fold the subword embeddings into `embed` after training; the outputs do not change."""
-        self.embed.weight.copy_(self.embed_tokens(slice(None)))
-        self.config = replace(self.config, subwords=0)
-        self.subwords = self.token_subwords = None
-        return self
+    def for_inference(self) -> "Llama":
+        """The same function with weights in `compute_dtype` and subwords folded into `embed`.
+
+        Weights that already have that dtype are shared with this model rather than copied.
+        """
+        weights = {name: p.to(self.compute_dtype) for name, p in self.named_parameters()}
+        weights["embed.weight"] = self.embed_tokens(slice(None)).to(self.compute_dtype)
+        weights.pop("subwords.weight", None)
+        with torch.device("meta"):
+            model = Llama(replace(self.config, subwords=0), self.compute_dtype)
+        model.load_state_dict({k: w.detach() for k, w in weights.items()}, assign=True)
+        model.cos, model.sin = self.cos, self.sin  # angles stay fp32
+        return model.eval().requires_grad_(False)
 
     def hidden(
         self,
@@ -368,8 +405,9 @@ class Llama(nn.Module):
             "only one of position_ids and target_positions is given; pass both or neither"
         )
         x = self.embed_tokens(tokens)  # (B, T, C)
+        index = slice(T) if cache is None else cache.advance(T)
         if position_ids is None:
-            cos, sin = self.cos[past : past + T], self.sin[past : past + T]  # (T, D/2) each
+            cos, sin = self.cos[index], self.sin[index]  # (T, D/2) each
         else:
             # (B, T, D/2) each
             cos, sin = rotary_2d(self.cos, position_ids), rotary_2d(self.sin, position_ids)
@@ -382,8 +420,6 @@ class Llama(nn.Module):
         embedding = F.rms_norm(x, x.shape[-1:], eps=1e-6) if self.config.value_embed else None
         for block in self.blocks:
             x = block(x, embedding, cos, sin, cache)
-        if cache is not None:
-            cache.length += T
         return self.norm(x)
 
     def head(self, x: Tensor, vocab_slice: slice = slice(None)) -> Tensor:
@@ -417,7 +453,7 @@ class Llama(nn.Module):
         )
         return 6 * (matrices + self.config.n_layers * self.config.d_model * self.config.seq_len)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self,
         prompt: Tensor,
@@ -428,23 +464,85 @@ class Llama(nn.Module):
         top_k: int = 0,
         top_p: float = 1.0,
         vocab_slice: slice = slice(None),
+        uncond: Tensor | None = None,
+        guidance: float = 1.0,
+        positions: Sequence[Tensor] = (),
+        record: Callable = run,
     ) -> Iterator[Tensor]:
         """Yield the tokens (B,) that follow prompt (B, T), one position at a time.
 
         Stops after max_tokens or when seq_len is full. Sequence i samples from generators[i] only,
-        so it does not depend on the rest of the batch. Only tokens of `vocab_slice`, which must
-        start at 0, are generated. See `sample` for temperature, top_k and top_p.
+        so it does not depend on the rest of the batch. Only tokens of `vocab_slice` are generated.
+        See `sample` for temperature, top_k and top_p, and `decode` for positions and record.
+
+        With classifier-free guidance (arXiv 2207.12598), the prompts `uncond` (B, T) without the
+        condition run in the same batch, and log-probabilities are
+        uncond + guidance * (cond - uncond).
         """
         B, T = prompt.shape
         assert len(generators) == B, f"{len(generators)} generators for a batch of {B}"
-        end = min(T + max_tokens, self.config.seq_len)
-        cache = KVCache(self.config, B, end, prompt.device, self.compute_dtype)
-        tokens = prompt
-        for _ in range(end - T):
-            logits = self.head(self.hidden(tokens, cache)[:, -1], vocab_slice)  # (B, V)
-            uniforms = torch.cat([torch.rand(1, generator=g) for g in generators]).to(logits.device)
-            tokens = sample(logits, uniforms, temperature, top_k, top_p)[:, None]  # (B, 1)
-            yield tokens[:, 0]
+        n = max(0, min(max_tokens, self.config.seq_len - T))
+        # all random numbers at once: a copy to the device per token would make the device wait
+        uniforms = torch.stack([torch.rand(n, generator=g) for g in generators], dim=1)  # (n, B)
+        uniforms = uniforms.to(prompt.device)
+        first = vocab_slice.start or 0
+
+        def choose(hidden: Tensor, i: Tensor) -> Tensor:
+            logits = self.head(hidden, vocab_slice)  # (B or 2B, V)
+            if uncond is not None:
+                with_condition, without = logits.log_softmax(-1).chunk(2)  # (B, V) each
+                logits = without + guidance * (with_condition - without)
+            tokens = sample(logits, uniforms[i][0], temperature, top_k, top_p) + first  # (B,)
+            return tokens if uncond is None else tokens.repeat(2)  # (B or 2B,)
+
+        rows = prompt if uncond is None else torch.cat((prompt, uncond))  # (B or 2B, T)
+        for tokens in self.decode(rows, n, choose, positions, record):
+            yield tokens[:B]
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        prompt: Tensor,
+        n: int,
+        choose: Callable[[Tensor, Tensor], Tensor],
+        positions: Sequence[Tensor] = (),
+        record: Callable = run,
+    ) -> Iterator[Tensor]:
+        """Yield the n tokens (B,) that follow prompt (B, T), one position at a time.
+
+        Args:
+            choose: returns tokens (B,), given final hidden states (B, C) and i (1,), which counts
+                the tokens from 0.
+            positions: position_ids (1 or B, T + n, 2) and target_positions (1 or B, T + n), see
+                `hidden`; empty for text.
+            record: runs a function and returns one that runs it again. The shapes and addresses of
+                all tensors that a decoding step reads and writes are fixed for KEY_BLOCK positions,
+                so `record` may record the kernels of the step.
+        """
+        B, T = prompt.shape
+        cache = KVCache(self.config, B, T + n, prompt.device, self.compute_dtype)
+        chosen = prompt.new_empty(n, B)
+        last = prompt[:, -1:].clone()  # (B, 1)
+
+        def step(tokens: Tensor) -> None:
+            index = cache.position + torch.arange(tokens.shape[1], device=tokens.device)
+            hidden = self.hidden(tokens, cache, *(p[:, index] for p in positions))[:, -1]  # (B, C)
+            i = cache.position - T  # (1,)
+            new = choose(hidden, i)  # (B,)
+            chosen.index_copy_(0, i, new[None])
+            last.copy_(new[:, None])
+
+        again = None
+        for i in range(n):
+            if i == 0:
+                step(prompt)
+            else:
+                cache.length = T + i - 1  # `again` may not run the Python code that counts it
+                if i == 1 or cache.length % KEY_BLOCK == 0:
+                    again = record(partial(step, last))
+                else:
+                    again()
+            yield chosen[i]
 
 
 # ---- sampling
@@ -497,7 +595,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_h = torch.empty_like(h) if train else None
         grad_w = torch.zeros_like(weight) if train else None
         total = torch.zeros((), device=h.device)
-        size = max(1, CHUNK_LOGITS // len(weight))
+        # matrix products on tensor cores run in tiles of up to 128 rows; a partial tile is wasted
+        size = max(128, CHUNK_LOGITS // len(weight) // 128 * 128)
         for start in range(0, len(h), size):
             chunk = h[start : start + size]  # (size, C)
             target = targets[start : start + size, None]  # (size, 1)

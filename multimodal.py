@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import UserError
+from common.device import pinned, to_device
 from data.text import encode, end_of_text
 from model import Llama, ModelConfig
 from vqvae import VQVAEConfig
@@ -74,15 +75,20 @@ class ImageTextFormat:
     def sequences(self, prompts: list[list[int]], codes: Tensor) -> tuple[Tensor, Tensor]:
         """Sequences (B, seq_len), padded with [EOS], and the position (B,) of each <seg_start>.
 
-        codes are image tokens (B, N), counted from 0.
+        codes are image tokens (B, N), counted from 0. The results are on their device, and with a
+        GPU the host does not wait for it.
         """
-        tokens = torch.full((len(prompts), self.seq_len), self.eos)  # (B, seq_len)
-        for row, prompt, image in zip(tokens, prompts, codes, strict=True):
-            n = len(prompt)
-            row[:n] = torch.tensor(prompt)
-            row[n : n + self.n_image_tokens] = image + self.first_code
-            row[n + self.n_image_tokens] = self.seg_end
-        return tokens, torch.tensor([len(prompt) - 1 for prompt in prompts])
+        B, N, device = len(prompts), self.n_image_tokens, codes.device
+        assert codes.shape == (B, N), f"codes {tuple(codes.shape)} for {B} prompts of {N} codes"
+        longest = self.caption_tokens + 2
+        padded = [prompt + [self.eos] * (longest - len(prompt)) for prompt in prompts]
+        text = to_device(pinned(torch.tensor(padded), device), device)  # (B, longest)
+        starts = (text == self.seg_start).int().argmax(1)  # (B,)
+        tokens = F.pad(text, (0, self.seq_len - longest), value=self.eos)  # (B, seq_len)
+        places = starts[:, None] + torch.arange(1, N + 1, device=device)  # (B, N)
+        tokens.scatter_(1, places, codes.long() + self.first_code)
+        tokens.scatter_(1, starts[:, None] + N + 1, self.seg_end)
+        return tokens, starts
 
     def position_ids(self, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Position ids (B, length, 2) and target positions (B, length) of sequences.
@@ -120,13 +126,21 @@ def image_hidden(
 
 
 def image_text_losses(
-    model: Llama, fmt: ImageTextFormat, tokens: Tensor, starts: Tensor, has_caption: Tensor
+    model: Llama,
+    fmt: ImageTextFormat,
+    tokens: Tensor,
+    starts: Tensor,
+    has_caption: Tensor,
+    n_scored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean losses () of image tokens and captions over sequences (B, T), in nats per token.
 
     What may follow is known at every position: image tokens are scored among image tokens,
     caption tokens among text tokens and <seg_start>; <seg_end> and [EOS] are certain. Captions
     with has_caption (B,) false were dropped and are not scored.
+
+    If the sequences are part of a batch, n_scored () is the mean number of scored caption tokens
+    per sequence of that batch, so that the mean over its parts does not depend on the division.
     """
     hidden, before, codes = image_hidden(model, fmt, tokens, starts)
     image = model.loss(before, codes, fmt.code_slice)
@@ -138,7 +152,9 @@ def image_text_losses(
     text = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
     )
-    return image, text / scored.sum().clamp(min=1)
+    if n_scored is None:
+        n_scored = scored.sum() / len(tokens)
+    return image, text / (n_scored * len(tokens)).clamp(min=1e-6)
 
 
 def plain_text_loss(model: Llama, fmt: ImageTextFormat, windows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 
@@ -18,7 +19,7 @@ from common.disk import file_sha256, write_text
 from common.run import find_run, load_checkpoint
 from data.source import digest
 from data.text import encode, end_of_text
-from model import KVCache, Llama, ModelConfig, sample
+from model import Llama, ModelConfig
 from multimodal import ImageTextFormat
 from vqvae import VQVAE, VQVAEConfig
 
@@ -51,7 +52,7 @@ def load_run(name: str, cfg) -> LoadedRun:
     shape = build_from_saved(ModelConfig, config.get("model"), run)
     model = Llama(shape, compute_dtype=getattr(torch, cfg.dtype))
     state = load_checkpoint(checkpoint, model)
-    model = model.fold_subwords().to(device).eval()
+    model = model.for_inference().to(device)
     tokenizer = saved_tokenizer(run, state)
     loaded = LoadedRun(run, config, model, tokenizer)
     if config["stage"] == "multimodal":
@@ -88,12 +89,14 @@ def saved_tokenizer(run: Path, state: dict):
 
 
 def load_vqvae(name: str, device: torch.device, dtype: torch.dtype) -> VQVAE:
-    """The frozen VQ-VAE of a train_vqvae.py run. Raises UserError."""
+    """The frozen VQ-VAE of a train_vqvae.py run, with weights in dtype. Raises UserError."""
     run, checkpoint, config = find_run(name)
     if config["stage"] != "vqvae":
         raise UserError(f"{run} is not a train_vqvae.py run; pass one with --vqvae")
     vqvae = VQVAE(build_from_saved(VQVAEConfig, config.get("model"), run), compute_dtype=dtype)
     load_checkpoint(checkpoint, vqvae)
+    for p in vqvae.parameters():  # cast once; the codebook, which is a buffer, stays fp32
+        p.data = p.data.to(dtype)
     return vqvae.to(device).eval().requires_grad_(False)
 
 
@@ -127,31 +130,44 @@ def generate_text(
     Prompt and first continuation are streamed to the file `out`. Only complete characters are
     written; bytes that do not form one are dropped. Raises UserError if the prompt is too long.
     """
-    eot, ids = end_of_text(tokenizer), prompt_ids(tokenizer, prompt, model.config.seq_len)
+    ids = prompt_ids(tokenizer, prompt, model.config.seq_len)
     if out:
         print(prompt, end="", flush=True, file=out)
-    device = model.embed.weight.device
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
+    settings = {"max_tokens": max_tokens, "temperature": temperature}
+    settings |= {"top_k": top_k, "top_p": top_p}
+    seeds = [seed + i for i in range(n)]
+    return continuations(model, tokenizer, [ids] * n, seeds, out=out, **settings)
+
+
+def continuations(
+    model: Llama, tokenizer, prompts: list[list[int]], seeds: list[int], *, out=None, **settings
+) -> list[str]:
+    """A continuation of each prompt, which all have one length; see generate_text.
+
+    Continuation i depends on seeds[i] alone.
+    """
+    eot, n = end_of_text(tokenizer), len(prompts)
     decoders = [DecodeStream(skip_special_tokens=True) for _ in range(n)]
     texts, ended = [""] * n, [False] * n
-    for tokens in model.generate(
-        torch.tensor([ids] * n, device=device),  # (n, T)
-        max_tokens,
-        generators=generators,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+    tokens = model.generate(
+        torch.tensor(prompts, device=model.embed.weight.device),  # (n, T)
+        generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         vocab_slice=slice(len(tokenizer)),
-    ):
-        for i, token in enumerate(tokens.tolist()):
-            ended[i] = ended[i] or token == eot
-            if ended[i]:
-                continue
-            piece = decoders[i].step(tokenizer.backend_tokenizer, token) or ""
-            piece = piece.replace("\ufffd", "")
-            texts[i] += piece
-            if out and i == 0:
-                print(piece, end="", flush=True, file=out)
+        **settings,
+    )
+    # reading tokens makes the host wait for the device, so only a stream reads each at once
+    size = 1 if out else 16
+    for block in iter(lambda: list(islice(tokens, size)), []):
+        for i, row in enumerate(torch.stack(block, dim=1).tolist()):  # (n, size)
+            for token in row:
+                ended[i] = ended[i] or token == eot
+                if ended[i]:
+                    break
+                piece = decoders[i].step(tokenizer.backend_tokenizer, token) or ""
+                piece = piece.replace("\ufffd", "")
+                texts[i] += piece
+                if out and i == 0:
+                    print(piece, end="", flush=True, file=out)
         if all(ended):
             break
     return texts
@@ -161,8 +177,15 @@ def write_text_samples(
     path: Path, model: Llama, tokenizer, prompts: list[str], max_tokens: int, seed: int
 ) -> None:
     """Write every prompt with a continuation sampled at temperature 0.8 to a file."""
-    settings = {"seed": seed, "max_tokens": max_tokens, "temperature": 0.8}
-    texts = [generate_text(model, tokenizer, prompt, 1, **settings)[0] for prompt in prompts]
+    model = model.for_inference()
+    ids = [prompt_ids(tokenizer, prompt, model.config.seq_len) for prompt in prompts]
+    texts = [""] * len(prompts)
+    for group in equal_length_batches(ids, batch=16):
+        batch, seeds = [ids[i] for i in group], [seed] * len(group)
+        settings = {"max_tokens": max_tokens, "temperature": 0.8}
+        parts = continuations(model, tokenizer, batch, seeds, **settings)
+        for i, text in zip(group, parts, strict=True):
+            texts[i] = text
     write_text(path, "\n".join(numbered(prompts, texts)) + "\n")
 
 
@@ -173,7 +196,6 @@ def numbered(prompts: list[str], texts: list[str]) -> Iterator[str]:
 
 
 # ---- images
-@torch.no_grad()
 def sample_image_tokens(
     model: Llama,
     fmt: ImageTextFormat,
@@ -189,31 +211,28 @@ def sample_image_tokens(
     """Image tokens (B, N), counted from 0, for B prompts of one length.
 
     Image i depends on seeds[i] alone. With classifier-free guidance other than 1, an empty prompt
-    runs beside each prompt in the same batch and log-probabilities are
-    uncond + guidance * (cond - uncond) (arXiv 2207.12598). `on_token` is called after each token.
+    runs beside each prompt in the same batch. `on_token` is called after each token.
     """
-    B, N, device = len(prompts), fmt.n_image_tokens, model.embed.weight.device
-    guided = guidance != 1
-    halves = [prompts, [fmt.uncond(prompt) for prompt in prompts]] if guided else [prompts]
-    tokens = torch.tensor([prompt for half in halves for prompt in half], device=device)
-    rows, n = tokens.shape  # rows: B, or 2B with guidance
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    uniforms = torch.stack([torch.rand(N, generator=g) for g in generators]).to(device)  # (B, N)
-    starts = torch.full((rows,), n - 1, device=device)
-    position_ids, target_positions = fmt.position_ids(starts, n + N)
-    cache = KVCache(model.config, rows, n + N, device, model.compute_dtype)
-    codes = torch.empty(B, N, dtype=torch.long, device=device)
-    for i in range(N):
-        new = slice(cache.length, cache.length + tokens.shape[1])
-        hidden = model.hidden(tokens, cache, position_ids[:, new], target_positions[:, new])
-        logits = model.head(hidden[:, -1], fmt.code_slice)  # (rows, codebook_size)
-        if guided:
-            cond, uncond = logits.log_softmax(-1).chunk(2)  # (B, codebook_size) each
-            logits = uncond + guidance * (cond - uncond)
-        codes[:, i] = sample(logits, uniforms[:, i], temperature, top_k, top_p)
-        tokens = (codes[:, i : i + 1] + fmt.first_code).repeat(len(halves), 1)  # (rows, 1)
+    n, N, device = len(prompts[0]), fmt.n_image_tokens, model.embed.weight.device
+    uncond = [fmt.uncond(prompt) for prompt in prompts] if guidance != 1 else None
+    tokens = model.generate(
+        torch.tensor(prompts, device=device),  # (B, n)
+        N,
+        generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        vocab_slice=fmt.code_slice,
+        uncond=uncond and torch.tensor(uncond, device=device),  # (B, n)
+        guidance=guidance,
+        # of one sequence: they depend only on the length of the prompt
+        positions=fmt.position_ids(torch.tensor([n - 1], device=device), n + N),
+    )
+    codes = []
+    for token in tokens:
+        codes.append(token - fmt.first_code)  # (B,)
         on_token()
-    return codes
+    return torch.stack(codes, dim=1)  # (B, N)
 
 
 def generate_images(
@@ -235,6 +254,7 @@ def generate_images(
 
     Raises UserError for a caption that is too long, unless `truncate` is set.
     """
+    model = model.for_inference()
     prompts = [fmt.prompt(caption, truncate) for caption in captions]
     device = model.embed.weight.device
     codes = torch.empty(len(prompts), fmt.n_image_tokens, dtype=torch.long, device=device)

@@ -3,11 +3,13 @@
 python train_llm.py --tokens 20M                              # 88M parameters, one GPU
 python train_llm.py --config configs/llm_demo.yaml            # a laptop, no GPU, no network
 python train_llm.py --run NAME --resume                       # continue a stopped run
+torchrun --nproc_per_node=4 -- train_llm.py --tokens 1B       # several GPUs
 python train_llm.py --config configs/llm_small.yaml --data.source 'books/*.txt'
 """
 
 import hashlib
 import math
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,9 +28,22 @@ from common.config import (
     check_positive,
     run_script,
 )
-from common.device import Clock, fitting_sequences, matmul_flops, resolve_device
+from common.device import (
+    Clock,
+    fitting_sequences,
+    resolve_compile,
+    training_seconds,
+)
+from common.distributed import (
+    check_divisible,
+    join_ranks,
+    n_ranks,
+    rank,
+    share,
+    weighted_mean,
+)
 from common.loop import (
-    check_finite,
+    average_gradients,
     clipped_norm,
     finished_summary,
     print_setup,
@@ -42,15 +57,9 @@ from common.loop import (
 from common.metrics import Metrics, ast_sha256, evaluations
 from common.run import check_run, origin, resume
 from data.source import digest
-from data.text import (
-    DataConfig,
-    Tokens,
-    eval_windows,
-    prepare_tokens,
-    token_batches,
-    token_request,
-)
+from data.text import DataConfig, eval_windows, token_request
 from data.tokenizer import load_tokenizer, token_subwords
+from data.tokens import covered, open_tokens, token_batches, training_windows
 from model import MAX_SUBWORDS, Llama, ModelConfig
 from muon import build_optimizers
 from sampling import prompt_ids, write_text_samples
@@ -150,13 +159,19 @@ def resolve_recipe(cfg: Config) -> int:
 
 
 def resolve_micro_batch(cfg: Config, device: torch.device) -> None:
-    """Fill in cfg.micro_batch by what fits the device. Raises UserError."""
-    sequences = cfg.batch_tokens // cfg.model.seq_len
+    """Fill in cfg.micro_batch by what fits the device; at most a rank's share of a step.
+
+    Raises UserError.
+    """
+    check_divisible(cfg, "batch_tokens", cfg.batch_tokens // cfg.model.seq_len)
+    sequences = cfg.batch_tokens // cfg.model.seq_len // n_ranks()
     if cfg.micro_batch == "auto":
         limit = max(1, fitting_sequences(cfg, device))
         divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
         cfg.micro_batch = max(n for n in divisors if n <= limit)
     check_positive(cfg, "micro_batch")
+    if n_ranks() > 1:  # a run that one process started may have more
+        cfg.micro_batch = min(cfg.micro_batch, sequences)
     if sequences % cfg.micro_batch:
         raise UserError(
             f"--micro_batch {cfg.micro_batch} does not divide the {sequences} sequences of a step "
@@ -166,29 +181,16 @@ def resolve_micro_batch(cfg: Config, device: torch.device) -> None:
 
 
 # ---- data
-def load_data(cfg: Config, tokenizer, steps: int) -> tuple[Tokens, Tokens, int]:
-    """Training tokens, validation tokens and the number of training windows. Raises UserError."""
-    seq_len = cfg.model.seq_len
-    val = Tokens(prepare_tokens(cfg.data, "val", cfg.data.val_tokens, tokenizer))
-    # One more than the budget, because the last input has a target too. Always the whole budget,
-    # so that the sha256 depends on the data and not on the batch size.
-    train = Tokens(
-        prepare_tokens(cfg.data, "train", cfg.tokens + 1, tokenizer), limit=cfg.tokens + 1
-    )
-    needed = steps * cfg.batch_tokens // seq_len
-    n_windows = min((len(train) - 1) // seq_len, needed)
-    if n_windows < 1:
+def check_tokenizer(cfg: Config, tokenizer) -> None:
+    """Raises UserError if the tokenizer does not fit the model or the prompts the context."""
+    if len(tokenizer) > cfg.model.vocab_size:
         raise UserError(
-            f"the training split has only {len(train)} tokens, but one sequence needs "
-            f"{seq_len + 1}; add data or lower --model.seq_len"
+            f"tokenizer {cfg.data.tokenizer} has {len(tokenizer)} entries, but --model.vocab_size "
+            f"is {cfg.model.vocab_size}; set it to {len(tokenizer)} or more, or choose a smaller "
+            "tokenizer"
         )
-    if needed > n_windows and not cfg.allow_repeat:
-        raise UserError(
-            f"--tokens is {cfg.tokens}, but the training split has only {len(train)} tokens; set "
-            f"--tokens {n_windows * seq_len}, add data, or pass --allow_repeat to train for "
-            f"{needed / n_windows:.1f} epochs"
-        )
-    return train, val, n_windows
+    for prompt in cfg.sample_prompts:
+        prompt_ids(tokenizer, prompt, cfg.model.seq_len)
 
 
 def write_assets(tokenizer, folder: Path) -> None:
@@ -223,12 +225,11 @@ def evaluation_sha256() -> str:
     return ast_sha256(evaluate)
 
 
-def warn_if_slow(model: Llama, tokens: int, device: torch.device) -> None:
-    """Without a GPU, print how long the remaining tokens will take if that is over half an hour."""
+def warn_if_slow(cfg: Config, flops: float, device: torch.device) -> None:
+    """Without a GPU, print how long the remaining FLOPs will take if that is over half an hour."""
     if device.type != "cpu":
         return
-    # training reaches about 0.6 of the speed of plain matrix products, docs/LOG.md
-    hours = tokens * model.flops_per_token() / (0.6 * matmul_flops(device)) / 3600
+    hours = training_seconds(device, cfg.dtype, flops) / 3600
     if hours > 0.5:
         demo = "--config configs/llm_demo.yaml takes minutes"
         print(f"no GPU: this will take about {hours:.1f} hours here; {demo}", flush=True)
@@ -240,14 +241,15 @@ def describe(
     """Print what is about to run."""
     matrices = sum(p.numel() for group in muon.param_groups for p in group["params"])
     scored = val_windows[:, 1:].numel()
+    so_far = "" if train.complete else f" of {train.limit:,}, the rest is being prepared"
+    prepared = f"{len(train):,} tokens{so_far}"
     seq_len = cfg.model.seq_len
     print_setup(
         cfg,
         run,
         first,
         model=f"{model.n_params():,} parameters, {matrices:,} with Muon, the rest with AdamW",
-        data=f"{len(train):,} tokens, {epochs:.2f} epochs; "
-        f"validation on {scored:,} of {len(val):,} tokens",
+        data=f"{prepared}, {epochs:.2f} epochs; validation on {scored:,} of {len(val):,} tokens",
         batch=f"{cfg.batch_tokens:,} tokens: {cfg.batch_tokens // seq_len} sequences of {seq_len}, "
         f"{cfg.micro_batch} per forward pass",
         recipe=f"muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, "
@@ -258,8 +260,9 @@ def describe(
 def main(cfg: Config) -> dict:
     """Train as cfg says and return the summary. Raises UserError."""
     # ---- set-up
+    started = time.perf_counter()
     steps = resolve_recipe(cfg)
-    device = resolve_device(cfg)
+    device = join_ranks(cfg)
     resolve_micro_batch(cfg, device)
     run = check_run(cfg)
     if summary := finished_summary(run):
@@ -270,16 +273,13 @@ def main(cfg: Config) -> dict:
     parent = origin(cfg, run)
     token_request(cfg.data, "train", "")  # finds a wrong path before anything is downloaded
     tokenizer = load_tokenizer(cfg.data, saved=parent and parent / "tokenizer")
-    if len(tokenizer) > cfg.model.vocab_size:
-        raise UserError(
-            f"tokenizer {cfg.data.tokenizer} has {len(tokenizer)} entries, but --model.vocab_size "
-            f"is {cfg.model.vocab_size}; set it to {len(tokenizer)} or more, or choose a smaller "
-            "tokenizer"
-        )
-    for prompt in cfg.sample_prompts:
-        prompt_ids(tokenizer, prompt, seq_len)  # raise now rather than at the first evaluation
-    train, val, n_windows = load_data(cfg, tokenizer, steps)
+    check_tokenizer(cfg, tokenizer)
+    # One more than the budget, because the last input has a target too. Always the whole budget,
+    # so that its sha256 depends on the data and not on the batch size.
+    val, train = open_tokens(cfg.data, cfg.tokens + 1, tokenizer, prepare=rank() == 0)
+    n_windows = training_windows(train, steps * batch, seq_len, cfg.allow_repeat)
     val_windows = eval_windows(val, seq_len, cfg.eval_tokens // seq_len)  # (N, T + 1)
+    own_windows = share(val_windows)
     tokenizer_sha256 = digest(tokenizer.backend_tokenizer.to_str())
 
     # ---- model
@@ -289,6 +289,8 @@ def main(cfg: Config) -> dict:
         table = token_subwords(tokenizer, cfg.model.subwords, MAX_SUBWORDS)
         model.token_subwords[: len(tokenizer)] = table
     model.to(device)
+    flops = cfg.batch_tokens * model.flops_per_token()  # of a step
+    resolve_compile(cfg, device, steps * flops, cfg.model.n_layers)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
 
     # ---- optimizers
@@ -304,13 +306,16 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- resume
-    inputs = {"train": train.sha256, "val": val.sha256, "tokenizer": tokenizer_sha256}
+    def inputs(step: int) -> dict[str, str]:
+        train_sha256 = train.prefix_sha256(covered(train, step, batch=batch, seq_len=seq_len))
+        return {"train": train_sha256, "val": val.sha256, "tokenizer": tokenizer_sha256}
+
     state = resume(cfg, run, model, optimizers, inputs)
     first, clock = state["step"], Clock(device, state["train_seconds"])
     describe(
         cfg, run, first, model, optimizers[0], train, val, val_windows, steps * batch / n_windows
     )
-    warn_if_slow(model, (steps - first) * cfg.batch_tokens, device)
+    warn_if_slow(cfg, (steps - first) * flops, device)
 
     # ---- warm-up
     if cfg.compile:
@@ -318,36 +323,37 @@ def main(cfg: Config) -> dict:
             zeros = torch.zeros(cfg.micro_batch, seq_len + 1, dtype=torch.long, device=device)
             for _ in range(2):
                 backward(forward, zeros, cfg.micro_batch)
-                update(optimizers)
-            evaluate(forward, val_windows[: cfg.micro_batch], cfg.micro_batch, device)
+                update(optimizers, torch.zeros((), device=device))
+            last = cfg.micro_batch + len(own_windows) % cfg.micro_batch  # both sizes
+            evaluate(forward, own_windows[:last], cfg.micro_batch, device)
 
     # ---- loop
-    flops = cfg.batch_tokens * model.flops_per_token()
-    metrics = Metrics(
-        run, cfg, state, steps, clock=clock, unit="tokens", per_step=cfg.batch_tokens, flops=flops
-    )
+    units = {"unit": "tokens", "per_step": cfg.batch_tokens, "flops": flops}
+    metrics = Metrics(run, cfg, state, steps, started=started, clock=clock, **units)
 
     def evaluate_now(step: int) -> None:
-        loss = evaluate(forward, val_windows, cfg.micro_batch, device)
+        loss = evaluate(forward, own_windows, cfg.micro_batch, device)
+        (loss,) = weighted_mean([loss], len(own_windows))
         bpb = loss / math.log(2) / val.bytes_per_token
         metrics.line(f"val {step}/{steps} | loss {loss:.4f} | bpb {bpb:.4f}")
-        if cfg.sample_prompts:
+        if cfg.sample_prompts and rank() == 0:
             path, prompts = run / "samples" / f"{step:07d}.txt", cfg.sample_prompts
             write_text_samples(path, model, tokenizer, prompts, cfg.sample_tokens, cfg.seed)
         metrics.row(step=step, val_loss=loss, val_bpb=bpb)  # last: marks a complete evaluation
 
-    shape = {"batch": batch, "seq_len": seq_len, "n_windows": n_windows, "seed": cfg.seed}
-    batches = token_batches(train, first, steps, **shape, device=device)  # (B, T + 1) each
-    assets = partial(write_assets, tokenizer)
-    with training_loop(cfg, metrics, model, optimizers, state, evaluate_now, assets) as after_step:
-        for step, windows in enumerate(batches, start=first + 1):
+    shape = {"batch": batch, "seq_len": seq_len, "seed": cfg.seed, "device": device}
+    shape |= {"allow_repeat": cfg.allow_repeat, "rank": rank(), "ranks": n_ranks()}
+    batches = token_batches(train, first, steps, **shape)  # (B, T + 1) each
+    loop = partial(training_loop, cfg, metrics, model, optimizers, state, evaluate_now)
+    with loop(partial(write_assets, tokenizer), inputs) as after_step:
+        for step, windows in after_step.batches(batches):
             progress = step / steps
             factor = trapezoid(progress, cfg.warmup_frac, cfg.cooldown_frac, cfg.lr_floor)
             set_lr(optimizers, factor)
             loss = backward(forward, windows, cfg.micro_batch)
+            average_gradients(model, loss)
             norm = clipped_norm(model, cfg.grad_clip)
-            loss, norm = check_finite(cfg, step, "muon_lr", model, optimizers, loss, norm)
-            update(optimizers)
+            update(optimizers, after_step.found_inf(loss, norm))
             after_step(step, loss=loss, grad_norm=norm, lr=cfg.muon_lr * factor)
 
     # ---- summary

@@ -3,6 +3,7 @@
     python train_multimodal.py --config configs/multimodal_cifar10.yaml --vqvae NAME   # one GPU
     python train_multimodal.py --config configs/multimodal_demo.yaml --vqvae NAME      # a laptop
     python train_multimodal.py --run NAME --resume               # continue a stopped run
+    torchrun --nproc_per_node=4 -- train_multimodal.py --vqvae NAME ...                # more GPUs
 
 --vqvae NAME is a run of train_vqvae.py. A sequence is
 `[BOS] caption <seg_start> image tokens <seg_end> [EOS]`.
@@ -10,6 +11,7 @@
 
 import math
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -31,10 +33,25 @@ from common.config import (
     check_positive,
     run_script,
 )
-from common.device import Clock, fitting_sequences, resolve_device
+from common.device import (
+    Clock,
+    fitting_sequences,
+    pinned,
+    resolve_compile,
+    to_device,
+)
 from common.disk import file_sha256
+from common.distributed import (
+    average,
+    check_divisible,
+    join_ranks,
+    n_ranks,
+    rank,
+    share,
+    weighted_mean,
+)
 from common.loop import (
-    check_finite,
+    average_gradients,
     clipped_norm,
     finished_summary,
     print_setup,
@@ -171,10 +188,13 @@ def resolve_recipe(cfg: Config) -> tuple[int, int]:
     return steps, n_text
 
 
-def resolve_micro_batch(cfg: Config, device: torch.device) -> None:
+def resolve_micro_batch(cfg: Config, n_text: int, device: torch.device) -> None:
     """Fill in cfg.micro_batch by what fits the device. Raises UserError."""
+    check_divisible(cfg, "batch_sequences", cfg.batch_sequences)
+    check_divisible(cfg, "text_frac", n_text)
     if cfg.micro_batch == "auto":
-        cfg.micro_batch = max(1, min(cfg.batch_sequences, int(fitting_sequences(cfg, device))))
+        most = cfg.batch_sequences // n_ranks()
+        cfg.micro_batch = max(1, min(most, int(fitting_sequences(cfg, device))))
     check_positive(cfg, "micro_batch")
 
 
@@ -290,24 +310,28 @@ def load_text(cfg: Config, tokenizer, n_windows: int) -> Tokens:
 def batch_reader(
     cfg: Config, fmt: ImageTextFormat, images: TokenizedImages, text: Tokens | None, n_text: int
 ) -> Callable[[int], tuple]:
-    """A function from step to prompts, has_caption (B,), image content and text windows."""
+    """A function from step to this rank's prompts, has_caption (B,), image content and text
+    windows.
+    """
     train, n_images = images.data, cfg.batch_sequences - n_text
+    device = torch.device(cfg.device)
 
     def read(step: int) -> tuple[list[list[int]], Tensor, Tensor, Tensor | None]:
-        indices = batch_indices(step, n_images, len(train), cfg.seed)
-        epochs = batch_epochs(step, n_images, len(train))
+        indices = share(batch_indices(step, n_images, len(train), cfg.seed))
+        epochs = share(batch_epochs(step, n_images, len(train)))
         captions = [caption(train, i, e) for i, e in zip(indices, epochs, strict=True)]
         prompts = [fmt.prompt(text, truncate=True) for text in captions]
         uniforms = np.random.default_rng((cfg.seed, step)).random(n_images)
-        has_caption = uniforms >= cfg.caption_dropout
+        has_caption = share(uniforms >= cfg.caption_dropout)
         for i in np.flatnonzero(~has_caption):
             prompts[i] = fmt.uncond(prompts[i])
         windows = None
         if text:
             n_windows = (len(text) - 1) // cfg.model.seq_len
-            chosen = batch_indices(step, n_text, n_windows, cfg.seed)
-            windows = text.windows(chosen, cfg.model.seq_len)  # (n_text, T + 1)
-        return prompts, torch.from_numpy(has_caption), images.read(indices, epochs), windows
+            chosen = share(batch_indices(step, n_text, n_windows, cfg.seed))
+            windows = pinned(text.windows(chosen, cfg.model.seq_len), device)  # (n_text, T + 1)
+        content = pinned(images.read(indices, epochs), device)
+        return prompts, pinned(torch.from_numpy(has_caption), device), content, windows
 
     return read
 
@@ -337,7 +361,7 @@ def load_language_model(model: Llama, name: str, tokenizer) -> None:
         raise UserError(
             f"--init_from {name} has another tokenizer; set --data.tokenizer {run / 'tokenizer'}"
         )
-    weights = language_model.fold_subwords().state_dict()
+    weights = language_model.for_inference().state_dict()
     n = min(len(tokenizer), source.vocab_size)
     weights["image_positions.weight"] = model.image_positions.weight.detach()
     rows = [weights["embed.weight"][:n], model.embed.weight.detach()[n:]]
@@ -349,8 +373,8 @@ def load_language_model(model: Llama, name: str, tokenizer) -> None:
 def make_losses(cfg: Config, model: Llama, fmt: ImageTextFormat) -> tuple[Callable, Callable]:
     """The losses of sequences with an image and of plain text, compiled if cfg.compile."""
 
-    def image_text(tokens: Tensor, starts: Tensor, has_caption: Tensor) -> tuple[Tensor, Tensor]:
-        return image_text_losses(model, fmt, tokens, starts, has_caption)
+    def image_text(*sequences: Tensor) -> tuple[Tensor, Tensor]:
+        return image_text_losses(model, fmt, *sequences)
 
     def plain_text(windows: Tensor) -> Tensor:
         return plain_text_loss(model, fmt, windows)
@@ -370,10 +394,14 @@ def backward(
     (N, T + 1).
     """
     image_text, plain_text = losses
-    n_images, batch = len(sequences[0]), cfg.batch_sequences
+    n_images = len(sequences[0])
+    batch = n_images + (0 if windows is None else len(windows))
     total = torch.zeros(3, device=sequences[0].device)
+    _, starts, has_caption = sequences
+    n_scored = (starts * has_caption).float().mean()
+    average([n_scored])
     for part in zip(*(t.split(cfg.micro_batch) for t in sequences), strict=True):
-        image, text = image_text(*part)
+        image, text = image_text(*part, n_scored)
         fraction = len(part[0]) / n_images
         loss = (image + cfg.caption_weight * text) * fraction
         (loss * n_images / batch).backward()
@@ -390,18 +418,25 @@ def evaluate(
     image_text: Callable, tokens: Tensor, starts: Tensor, micro_batch: int, device: torch.device
 ) -> tuple[float, float]:
     """Mean losses of image tokens and captions over sequences (N, T), in nats per token."""
-    total = torch.zeros(2)
+    total, n_scored = torch.zeros(2), starts.float().mean().to(device)
     parts = zip(tokens.split(micro_batch), starts.split(micro_batch), strict=True)
     for part, start in parts:
         has_caption = torch.ones(len(part), dtype=torch.bool, device=device)
-        values = image_text(part.to(device), start.to(device), has_caption)
+        values = image_text(part.to(device), start.to(device), has_caption, n_scored)
         total += torch.stack(values).cpu() * len(part) / len(tokens)
     return total[0].item(), total[1].item()
+
+
+def save_if_best(run: Path, model: Llama, state: dict) -> None:
+    """Save the weights if state["val_loss"] is the lowest so far."""
+    if state["val_loss"] < min((row["val_loss"] for row in evaluations(run)), default=math.inf):
+        save_checkpoint(run, model, [], state, place="best", keep=1)
 
 
 def dummy_batch(cfg: Config, fmt: ImageTextFormat, n_text: int, device: torch.device) -> tuple:
     """Sequences and plain text of the shapes of a training batch, for compiling."""
     n_images, T = cfg.batch_sequences - n_text, cfg.model.seq_len
+    n_images, n_text = n_images // n_ranks(), n_text // n_ranks()
     zeros = torch.zeros(n_images, dtype=torch.long, device=device)
     tokens = torch.full((n_images, T), fmt.first_code, device=device)
     windows = torch.zeros(n_text, T + 1, dtype=torch.long, device=device) if n_text else None
@@ -447,9 +482,10 @@ def describe_data(images: TokenizedImages, n_images: int, val: TokenizedImages, 
 def main(cfg: Config) -> dict:
     """Train as cfg says and return the summary. Raises UserError."""
     # ---- set-up
+    started = time.perf_counter()
     steps, n_text = resolve_recipe(cfg)
-    device = resolve_device(cfg)
-    resolve_micro_batch(cfg, device)
+    device = join_ranks(cfg)
+    resolve_micro_batch(cfg, n_text, device)
     run = check_run(cfg)
     if summary := finished_summary(run):
         return summary
@@ -466,7 +502,8 @@ def main(cfg: Config) -> dict:
     fmt = ImageTextFormat(tokenizer, vqvae.config, cfg.model)
     images = tokenize_images(cfg, vqvae, vqvae_checkpoint, train, steps * n_images)
     val_images = tokenize_images(cfg, vqvae, vqvae_checkpoint, val, 0)
-    val_tokens, val_starts, n_truncated = validation_set(cfg, fmt, val_images)  # (N, T), (N,)
+    *val_set, n_truncated = validation_set(cfg, fmt, val_images)  # (N, T), (N,), int
+    own_val = [share(tensor) for tensor in val_set]
     prompts = sample_prompts(cfg, fmt, val)
     text = load_text(cfg, tokenizer, steps * n_text) if n_text else None
 
@@ -476,6 +513,8 @@ def main(cfg: Config) -> dict:
     if cfg.init_from:
         load_language_model(model, cfg.init_from, tokenizer)
     model.to(device)
+    flops = batch * flops_per_sequence(model, vqvae.config.codebook_size)  # of a step
+    resolve_compile(cfg, device, steps * flops, cfg.model.n_layers)
     losses = make_losses(cfg, model, fmt)
 
     # ---- optimizers
@@ -491,13 +530,13 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- resume
-    tokenizer_sha256 = digest(tokenizer.backend_tokenizer.to_str())
-    inputs = {"train": train.id, "val": val.id, "tokenizer": tokenizer_sha256}
-    inputs |= {"vqvae": file_sha256(vqvae_checkpoint / "model.safetensors")}
+    vqvae_sha256 = file_sha256(vqvae_checkpoint / "model.safetensors")
+    inputs = {"train": train.id, "val": val.id, "vqvae": vqvae_sha256}
+    inputs |= {"tokenizer": digest(tokenizer.backend_tokenizer.to_str())}
     inputs |= {"text": text.sha256} if text else {}
-    state = resume(cfg, run, model, optimizers, inputs)
+    state = resume(cfg, run, model, optimizers, lambda step: inputs)
     first, clock = state["step"], Clock(device, state["train_seconds"])
-    data = describe_data(images, steps * n_images, val_images, len(val_tokens))
+    data = describe_data(images, steps * n_images, val_images, len(val_set[0]))
     truncated = f"{n_truncated} validation captions truncated to {fmt.caption_tokens} tokens"
     describe(cfg, run, first, model, fmt, f"{data}; {truncated}")
 
@@ -506,24 +545,22 @@ def main(cfg: Config) -> dict:
         with warming_up(model, *optimizers):
             for _ in range(2):
                 backward(cfg, losses, *dummy_batch(cfg, fmt, n_text, device))
-                update(optimizers)
+                update(optimizers, torch.zeros((), device=device))
+            n = cfg.micro_batch + len(own_val[0]) % cfg.micro_batch  # both sizes
+            evaluate(losses[0], *(t[:n] for t in own_val), cfg.micro_batch, device)
 
     # ---- loop
-    batch_flops = batch * flops_per_sequence(model, vqvae.config.codebook_size)
-    metrics = Metrics(
-        run, cfg, state, steps, clock=clock, unit="sequences", per_step=batch, flops=batch_flops
-    )
+    units = {"unit": "sequences", "per_step": batch, "flops": flops}
+    metrics = Metrics(run, cfg, state, steps, started=started, clock=clock, **units)
 
     def evaluate_now(step: int) -> None:
-        image, caption = evaluate(losses[0], val_tokens, val_starts, cfg.micro_batch, device)
-        if image < min((row["val_loss"] for row in evaluations(run)), default=math.inf):
-            best = state | {"step": step, "val_loss": image}
-            save_checkpoint(run, model, [], best, place="best", keep=1)
-        bits = image / math.log(2)
-        metrics.line(
-            f"val {step}/{steps} | image tokens {image:.4f} nats, {bits:.3f} bits | "
-            f"captions {caption:.4f}"
-        )
+        values = evaluate(losses[0], *own_val, cfg.micro_batch, device)
+        image, caption = weighted_mean(values, len(own_val[0]))
+        if rank():
+            return
+        save_if_best(run, model, state | {"step": step, "val_loss": image})
+        nats = f"image tokens {image:.4f} nats, {image / math.log(2):.3f} bits"
+        metrics.line(f"val {step}/{steps} | {nats} | captions {caption:.4f}")
         if prompts:
             path = run / "samples" / f"{step:07d}.png"
             write_image_samples(cfg, path, model, vqvae, fmt, prompts)
@@ -533,21 +570,20 @@ def main(cfg: Config) -> dict:
     assets = partial(write_assets, tokenizer, vqvae_checkpoint)
     read = batch_reader(cfg, fmt, images, text, n_text)
     batches = prefetch(read, first, steps, device)
+    names = ("loss", "caption_loss", "plain_text_loss")[: 3 if n_text else 2]
     with training_loop(cfg, metrics, model, optimizers, state, evaluate_now, assets) as after_step:
-        for step, (batch_prompts, has_caption, content, windows) in enumerate(batches, first + 1):
+        for step, (batch_prompts, has_caption, content, windows) in after_step.batches(batches):
             progress = step / steps
             factor = trapezoid(progress, cfg.warmup_frac, cfg.cooldown_frac, cfg.lr_floor)
             set_lr(optimizers, factor)
             tokens, starts = fmt.sequences(batch_prompts, images.tokens(content))
-            sequences = tuple(t.to(device) for t in (tokens, starts, has_caption))
-            windows = windows.to(device) if n_text else None
+            sequences = tuple(to_device(t, device) for t in (tokens, starts, has_caption))
+            windows = to_device(windows, device) if n_text else None
             total = backward(cfg, losses, sequences, windows)
+            average_gradients(model, total)
             norm = clipped_norm(model)
-            numbers = check_finite(cfg, step, "muon_lr", model, optimizers, *total, norm)
-            loss, caption_loss, text_loss, norm = numbers
-            update(optimizers)
-            extra = {"plain_text_loss": text_loss} if n_text else {}
-            values = {"loss": loss, "caption_loss": caption_loss, **extra}
+            update(optimizers, after_step.found_inf(total, norm))
+            values = dict(zip(names, total, strict=False))
             after_step(step, **values, grad_norm=norm, lr=cfg.muon_lr * factor)
 
     # ---- summary
@@ -561,7 +597,7 @@ def main(cfg: Config) -> dict:
         best_step=best["step"],
         val_last=rows[-1]["val_loss"],
         bits_per_image_token=best["val_loss"] / math.log(2),
-        vqvae_sha256=inputs["vqvae"],
+        vqvae_sha256=vqvae_sha256,
     )
 
 

@@ -3,8 +3,10 @@
 python train_vqvae.py --config configs/vqvae_cifar10.yaml     # 32 x 32 codes per image, one GPU
 python train_vqvae.py --config configs/vqvae_demo.yaml        # a laptop, no GPU, no network
 python train_vqvae.py --run NAME --resume                     # continue a stopped run
+torchrun --nproc_per_node=4 -- train_vqvae.py --config configs/vqvae_cifar10.yaml  # more GPUs
 """
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,9 +24,10 @@ from common.config import (
     check_positive,
     run_script,
 )
-from common.device import Clock, resolve_device
+from common.device import Clock, pinned, resolve_compile
+from common.distributed import check_divisible, gather, join_ranks, n_ranks, rank, share
 from common.loop import (
-    check_finite,
+    average_gradients,
     clipped_norm,
     finished_summary,
     print_setup,
@@ -100,23 +103,38 @@ def resolve_recipe(cfg: Config) -> int:
             f"--crop is {cfg.crop}; it must be a multiple of --model.downsample "
             f"{cfg.model.downsample} and at most --model.image_size {cfg.model.image_size}"
         )
+    return steps
+
+
+def resolve_micro_batch(cfg: Config) -> None:
+    """Fill in cfg.micro_batch; at most a rank's share of a step. Raises UserError."""
+    check_divisible(cfg, "batch_images", cfg.batch_images)
+    images = cfg.batch_images // n_ranks()
     if cfg.micro_batch == "auto":
-        cfg.micro_batch = cfg.batch_images
+        cfg.micro_batch = images
     check_positive(cfg, "micro_batch")
-    if cfg.batch_images % cfg.micro_batch:
+    if n_ranks() > 1:  # a run that one process started may have more
+        cfg.micro_batch = min(cfg.micro_batch, images)
+    if images % cfg.micro_batch:
         raise UserError(
             f"--micro_batch {cfg.micro_batch} does not divide --batch_images {cfg.batch_images}; "
             "choose a divisor or omit it"
         )
-    return steps
 
 
-def random_crops(images: Tensor, crop: int, downsample: int, rng: np.random.Generator) -> Tensor:
-    """A random crop (B, 3, crop, crop) of each image (B, 3, S, S), aligned with the code grid."""
-    choices = (images.shape[-1] - crop) // downsample + 1
-    corners = downsample * rng.integers(0, choices, size=(len(images), 2))  # (B, 2)
-    pairs = zip(images, corners, strict=True)
-    return torch.stack([image[:, y : y + crop, x : x + crop] for image, (y, x) in pairs])
+def random_crops(images: Tensor, crop: int, corners: np.ndarray) -> Tensor:
+    """Crops (B, 3, crop, crop) of images (B, 3, S, S) at corners (B, 2), the tops and lefts."""
+    pairs = zip(images, corners.tolist(), strict=True)
+    crops = torch.stack([image[:, y : y + crop, x : x + crop] for image, (y, x) in pairs])
+    return crops.contiguous(memory_format=torch.channels_last)  # as whole images are
+
+
+def random_corners(cfg: Config, step: int) -> np.ndarray:
+    """Corners (batch_images, 2) of a step's crops, aligned with the grid of codes."""
+    downsample = cfg.model.downsample
+    choices = (cfg.model.image_size - cfg.crop) // downsample + 1
+    rng = np.random.default_rng((cfg.seed, step))
+    return downsample * rng.integers(0, choices, size=(cfg.batch_images, 2))  # (batch_images, 2)
 
 
 def backward(forward, images: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,18 +163,25 @@ def init_codebook(model: VQVAE, images: Tensor, per_step: int, generator: torch.
     model.quantizer.kmeans_init(vectors[chosen.to(vectors.device)], generator, per_step=per_step)
 
 
-def update_codebook(cfg: Config, model: VQVAE, vectors, codes, step: int, steps: int) -> int:
-    """Move codes towards the vectors (N, D) quantized to them and replace unused codes.
+def update_codebook(
+    cfg: Config, model: VQVAE, vectors, codes, step: int, steps: int, found_inf: Tensor
+) -> Tensor:
+    """Move codes towards the vectors (N, D) quantized to them and replace unused codes, unless
+    found_inf () is 1.
 
-    Returns how many were replaced.
+    Returns how many were replaced, ().
     """
+    quantizer, revived = model.quantizer, torch.zeros((), dtype=torch.long, device=codes.device)
+    before = [buffer.clone() for buffer in quantizer.buffers()]
     if step <= 0.95 * steps:
-        model.quantizer.update(vectors, codes)
-    if step % cfg.revive_every or step > 0.8 * steps:
-        return 0
-    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-    threshold = 0.1 * len(vectors) / cfg.model.codebook_size
-    return model.quantizer.revive(vectors, threshold, generator)
+        quantizer.update(vectors, codes)
+    if step % cfg.revive_every == 0 and step <= 0.8 * steps:
+        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+        threshold = 0.1 * len(vectors) / cfg.model.codebook_size
+        revived = quantizer.revive(vectors, threshold, generator)
+    for buffer, old in zip(quantizer.buffers(), before, strict=True):
+        buffer.copy_(old.where(found_inf > 0, buffer))
+    return revived
 
 
 def measure_probe(cfg: Config, model: VQVAE, train, val_images: Tensor, device) -> float:
@@ -194,8 +219,10 @@ def describe(
 def main(cfg: Config) -> dict:
     """Train as cfg says and return the summary. Raises UserError."""
     # ---- set-up
+    started = time.perf_counter()
     steps = resolve_recipe(cfg)
-    device = resolve_device(cfg)
+    device = join_ranks(cfg)
+    resolve_micro_batch(cfg)
     run = check_run(cfg)
     if summary := finished_summary(run):
         return summary
@@ -218,15 +245,17 @@ def main(cfg: Config) -> dict:
         )
 
     def read(step: int) -> Tensor:
-        indices = batch_indices(step, batch, len(train), cfg.seed)
-        epochs = batch_epochs(step, batch, len(train)) if cfg.data.augment else None
-        return load_pixels(train, indices, epochs)  # (B, 3, s, s) uint8
+        indices = share(batch_indices(step, batch, len(train), cfg.seed))
+        epochs = share(batch_epochs(step, batch, len(train))) if cfg.data.augment else None
+        return pinned(load_pixels(train, indices, epochs), device)  # (B, 3, s, s) uint8
 
     # ---- model
     generator = torch.Generator().manual_seed(cfg.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         model = VQVAE(shape, compute_dtype=getattr(torch, cfg.dtype)).to(device)
+    flops = 6 * codes_per_step * sum(p.numel() for p in model.parameters() if p.ndim == 4)
+    resolve_compile(cfg, device, steps * flops, 2 * shape.n_blocks)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
 
     # ---- optimizers
@@ -239,7 +268,8 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- resume
-    state = resume(cfg, run, model, [adamw], {"train": train.id, "val": val.id})
+    inputs = {"train": train.id, "val": val.id}
+    state = resume(cfg, run, model, [adamw], lambda step: inputs)
     first, clock = state["step"], Clock(device, state["train_seconds"])
     if first == 0:
         state["palette_psnr"] = palette_psnr(start_images, val_images, shape, generator)
@@ -249,18 +279,19 @@ def main(cfg: Config) -> dict:
     # ---- warm-up
     if cfg.compile:
         with warming_up(model, adamw):
+            zeros = torch.zeros(cfg.micro_batch, 3, side, side, device=device)
+            zeros = zeros.contiguous(memory_format=torch.channels_last)  # as real images are
             for _ in range(2):
-                backward(forward, torch.zeros(cfg.micro_batch, 3, side, side, device=device), cfg)
-                update([adamw])
+                backward(forward, zeros, cfg)
+                update([adamw], torch.zeros((), device=device))
 
     # ---- loop
-    weights = sum(p.numel() for p in model.parameters() if p.ndim == 4)
-    flops = 6 * weights * codes_per_step
-    metrics = Metrics(
-        run, cfg, state, steps, clock=clock, unit="images", per_step=batch, flops=flops
-    )
+    units = {"unit": "images", "per_step": batch, "flops": flops}
+    metrics = Metrics(run, cfg, state, steps, started=started, clock=clock, **units)
 
     def evaluate_now(step: int) -> None:
+        if rank():
+            return
         values = reconstruction_metrics(model, val_images, min(50, cfg.micro_batch), device)
         used = values["codes_used"]
         metrics.line(
@@ -280,28 +311,29 @@ def main(cfg: Config) -> dict:
 
     batches = prefetch(read, first, steps, device)
     with training_loop(cfg, metrics, model, [adamw], state, evaluate_now) as after_step:
-        for step, pixels in enumerate(batches, start=first + 1):
+        for step, pixels in after_step.batches(batches):
             progress = step / steps
             factor = trapezoid(progress, cfg.warmup_frac, cfg.cooldown_frac, 0.0)
             set_lr([adamw], factor)
             images = to_float(pixels, size, device)  # (B, 3, S, S)
             if cfg.crop:
-                rng = np.random.default_rng((cfg.seed, step))
-                images = random_crops(images, cfg.crop, shape.downsample, rng)
+                images = random_crops(images, cfg.crop, share(random_corners(cfg, step)))
             losses, vectors, codes = backward(forward, images, cfg)
+            average_gradients(model, losses)
+            vectors, codes = gather(vectors), gather(codes)  # (N, D), (N,) of all ranks
             norm = clipped_norm(model, cfg.grad_clip)
-            loss, commit, norm = check_finite(cfg, step, "lr", model, [adamw], *losses, norm)
-            update([adamw])
-            revived = update_codebook(cfg, model, vectors, codes, step, steps)
-            counts = {"codes": len(codes.unique()), "revived": revived}
-            lr = cfg.lr * factor
-            after_step(step, loss=loss, commit=commit, **counts, grad_norm=norm, lr=lr)
+            found_inf = after_step.found_inf(losses, norm)
+            update([adamw], found_inf)
+            revived = update_codebook(cfg, model, vectors, codes, step, steps, found_inf)
+            values = dict(zip(("loss", "commit"), losses, strict=True))
+            values |= {"codes": model.quantizer.n_used(codes), "revived": revived}
+            after_step(step, **values, grad_norm=norm, lr=cfg.lr * factor)
 
     # ---- summary
     last = evaluations(run)[-1]
     results = {key: last[key] for key in last if key not in ("step", "images")}
     results["palette_psnr"] = state["palette_psnr"]
-    if cfg.probe_steps:
+    if cfg.probe_steps and rank() == 0:
         results["probe_nats"] = measure_probe(cfg, model, train, val_images, device)
     return metrics.finish(model, steps * codes_per_step, **results)
 

@@ -98,8 +98,14 @@ class Quantizer(nn.Module):
 
     def totals(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the number (K,) and the sum (K, D) of the vectors (N, D) assigned to each code."""
-        counts = torch.bincount(indices, minlength=len(self.codes)).float()  # (K,)
+        ones = torch.ones_like(indices, dtype=torch.float32)  # (N,)
+        # bincount would wait for the device to learn the size of its output
+        counts = torch.zeros_like(self.counts).index_add_(0, indices, ones)  # (K,)
         return counts, torch.zeros_like(self.sums).index_add_(0, indices, vectors.float())  # (K, D)
+
+    def n_used(self, indices: Tensor) -> Tensor:
+        """Return the number of distinct codes, (), in indices (N,)."""
+        return torch.zeros_like(self.counts, dtype=torch.bool).index_fill_(0, indices, True).sum()
 
     @torch.no_grad()
     def kmeans_init(
@@ -144,18 +150,24 @@ class Quantizer(nn.Module):
         self.codes.copy_(self.sums / smoothed[:, None])
 
     @torch.no_grad()
-    def revive(self, vectors: Tensor, threshold: float, generator: torch.Generator) -> int:
+    def revive(self, vectors: Tensor, threshold: float, generator: torch.Generator) -> Tensor:
         """Replace codes whose count is below `threshold` with random vectors of (N, D).
 
-        Returns the number of replaced codes. Their counts and sums are reset too: with the old
-        sums a code would jump back at the next update.
+        Returns the number of replaced codes, (). Their counts and sums are reset too: with the old
+        sums a code would jump back at the next update. The generator is on the CPU.
         """
-        dead = (self.counts < threshold).nonzero()[:, 0]
-        chosen = torch.randint(len(vectors), (len(dead),), generator=generator)
-        self.codes[dead] = vectors[chosen.to(vectors.device)].float()
-        self.counts[dead] = threshold
-        self.sums[dead] = self.codes[dead] * threshold
-        return len(dead)
+        cuda = vectors.is_cuda  # elsewhere a copy that the host does not wait for may lose its data
+        # a draw per code, used or not, because waiting for the number of dead codes is slow
+        shape = self.counts.shape
+        draws = torch.randint(len(vectors), shape, generator=generator, pin_memory=cuda)  # (K,)
+        draws = draws.to(vectors.device, non_blocking=cuda)
+        dead = self.counts < threshold  # (K,)
+        rank = dead.cumsum(0) - 1  # (K,), of a dead code among the dead; -1 is valid, but not used
+        chosen = vectors[draws[rank]].float()  # (K, D)
+        self.codes.copy_(chosen.where(dead[:, None], self.codes))
+        self.sums.copy_((chosen * threshold).where(dead[:, None], self.sums))
+        self.counts.masked_fill_(dead, threshold)
+        return dead.sum()
 
 
 class Conv(nn.Conv2d):

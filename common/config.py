@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -74,16 +75,18 @@ class RunConfig:
     log_every: int | Literal["auto"] = "auto"
     """Steps between printed lines; metrics.jsonl has every step. auto: about 50 lines per run."""
     device: str = "auto"
-    """Device to train on: cpu, cuda, cuda:1, ... auto: a GPU if there is one."""
+    """Device to train on: cpu, cuda, cuda:1, mps, xpu, ... auto: the accelerator that PyTorch
+    finds, otherwise the CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; master weights stay float32. auto: bfloat16 on GPUs with native bfloat16,
-    otherwise float32."""
+    """Compute dtype; master weights stay float32. auto: bfloat16 where the hardware computes it
+    faster (most GPUs, CPUs with AMX, AMD CPUs with AVX512-BF16), otherwise float32."""
     compile: bool | Literal["auto"] = "auto"
-    """Whether to use torch.compile. auto: only on a GPU."""
+    """Whether to use torch.compile. auto: on CUDA GPUs, and on a CPU with a C++ compiler if the
+    run is long enough to repay the compilation."""
     micro_batch: int | Literal["auto"] = "auto"
-    """Sequences (or images) per forward pass. Smaller values use less memory; the batch size and
-    the result do not change. auto: as many as fit in GPU memory; on a CPU, about 1,024 tokens. In
-    train_vqvae.py, auto is the whole batch."""
+    """Sequences (or images) per forward pass of each process. Smaller values use less memory; the
+    batch size and the result do not change. auto: as many as fit in GPU memory; on a CPU, about
+    1,024 tokens. In train_vqvae.py, auto is the whole batch."""
     gpu_hourly_usd: float = 0.0
     """Price of the machine in US dollars per hour, used for cost_usd in summary.json."""
     wandb: bool = False
@@ -308,8 +311,16 @@ def redact(text: str) -> str:
 
 
 def stop(message: str, code: int):
-    """Print a message to standard error and exit with `code`."""
-    print(redact(f"error: {message}" if code == 2 else message), file=sys.stderr)
+    """Print a message to standard error and exit with `code`.
+
+    Of several processes that stop for the same reason, only rank 0 prints it.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first and code == 2:  # torchrun ends this process if rank 0 reports the same error
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    if is_first or code == 2:
+        print(redact(f"error: {message}" if code == 2 else message), file=sys.stderr)
     sys.exit(code)
 
 

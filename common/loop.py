@@ -1,10 +1,12 @@
 """The part of a training loop that is the same in every script: everything around the step."""
 
+import gc
 import json
 import math
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import count
@@ -23,6 +25,16 @@ from common.config import (
     stop_signals,
 )
 from common.device import device_name
+from common.distributed import (
+    average,
+    broadcast,
+    is_lost_rank,
+    largest,
+    leave_ranks,
+    n_ranks,
+    rank,
+    same_on_all,
+)
 from common.metrics import Metrics, check_wandb, evaluations
 from common.run import checkpoints, open_run, origin, save_checkpoint, writing
 
@@ -105,7 +117,8 @@ def print_setup(cfg, run: Path, first: int, origin: str = "from scratch", **line
     """Print what is about to run: the run, the device, and `lines`, each after its name."""
     start = f"resumed at step {first}" if first else origin
     compiled = "compiled" if cfg.compile else "not compiled"
-    device = f"{device_name(torch.device(cfg.device))}, {cfg.dtype}, {compiled}"
+    processes = f", {n_ranks()} processes" if n_ranks() > 1 else ""
+    device = f"{device_name(torch.device(cfg.device))}, {cfg.dtype}, {compiled}{processes}"
     for name, text in {"run": f"{run}, {start}", "device": device, **lines}.items():
         print(name, text, flush=True)
 
@@ -132,11 +145,21 @@ def warming_up(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator
 
 
 # ---- in the loop
-def update(optimizers: list) -> None:
-    """Apply the gradients and clear them."""
+def update(optimizers: list, found_inf: Tensor | None = None) -> None:
+    """Apply the gradients and clear them.
+
+    Where found_inf () is 1, weights and optimizer state stay as they are; the device decides, so
+    the host does not wait for it.
+    """
     for optimizer in optimizers:
+        optimizer.found_inf = found_inf  # Muon and PyTorch's fused AdamW read it
         optimizer.step()
         optimizer.zero_grad()
+
+
+def average_gradients(model: nn.Module, *values: Tensor) -> None:
+    """Average the gradients, and the values of a step, over the processes that train together."""
+    average([*(p.grad for p in model.parameters()), *values])
 
 
 def clipped_norm(model: nn.Module, limit: float = 0.0) -> Tensor:
@@ -155,18 +178,8 @@ def state_norm(model: nn.Module, optimizers: list) -> Tensor:
     return nn.utils.get_total_norm([t for t in tensors if t.is_floating_point() and t.ndim])
 
 
-def check_finite(
-    cfg, step: int, lr: str, model: nn.Module, optimizers: list, *values: Tensor
-) -> list[float]:
-    """The scalars `values` as floats; the first is the loss, the last the gradient norm.
-
-    Raises UserError if a value, a weight or the optimizer state is not finite, so that the run
-    stops before the weights change. `lr` is the name of the setting to lower.
-    """
-    norm = state_norm(model, optimizers).to(values[0].device)
-    *numbers, weights = torch.stack([*values, norm]).tolist()
-    if math.isfinite(sum(numbers) + weights):
-        return numbers
+def not_finite_message(cfg, step: int, lr: str, row: dict, weights: float) -> str:
+    """What is not finite, and how to continue; `lr` is the name of the setting to lower."""
     saved = checkpoints(RUNS / cfg.run)
     names = (f"{cfg.run}-{i}" for i in count(2))
     command = f"--run {next(name for name in names if not (RUNS / name).exists())}"
@@ -174,16 +187,16 @@ def check_finite(
     if saved:
         where = f"continue from {saved[-1]} (or, if that fails too, start again)"
         command = f"--resume {saved[-1]} {command}"
-    raise UserError(
-        f"loss {numbers[0]}, gradient norm {numbers[-1]}, norm of weights and optimizer state "
-        f"{weights} at step {step}; stopped before updating the weights; {where} with a lower "
+    return (
+        f"loss {row['loss']}, gradient norm {row['grad_norm']}, norm of weights and optimizer "
+        f"state {weights} at step {step}; stopped; {where} with a lower "
         f"learning rate: {command} --{lr} {getattr(cfg, lr) / 2:.3g}"
     )
 
 
 class Interrupt:
     """Context in which SIGINT, SIGTERM and SIGHUP set `code` to 128 + signal; a second signal
-    stops at once.
+    stops at once, except under torchrun, which passes on a signal that the terminal already sent.
     """
 
     code = 0
@@ -194,7 +207,8 @@ class Interrupt:
 
     def handle(self, number: int, frame) -> None:
         self.code = 128 + number
-        self.__exit__()
+        if n_ranks() == 1:
+            self.__exit__()
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -205,49 +219,123 @@ class AfterStep:
     """Called after each step: records the step, then logs, saves and evaluates, in this order, at
     the intervals in cfg and with the clock stopped. After a signal, saves and stops the run, either
     before the evaluation or right after it.
+
+    What a step returns stays on the device until a step at which something is printed or written;
+    until then, the host does not wait for the device.
     """
 
-    def __init__(self, cfg, metrics: Metrics, model, optimizers, state: dict, evaluate):
+    def __init__(
+        self, cfg, metrics: Metrics, model, optimizers, state: dict, evaluate, inputs=None
+    ):
         self.cfg, self.metrics, self.run, self.steps = cfg, metrics, metrics.run, metrics.steps
         self.model, self.optimizers, self.state, self.evaluate = model, optimizers, state, evaluate
+        self.inputs = inputs or (lambda step: state["inputs"])
         self.evals = milestones(self.steps, cfg.eval_every)
         self.saves = milestones(self.steps, cfg.save_every)
         self.interrupt, self.called, self.saved = Interrupt(), False, state["step"]
+        self.step, self.rows, self.bad = state["step"], [], torch.zeros(())
 
-    def __call__(self, step: int, *, loss: float, grad_norm: float, lr: float, **values) -> None:
-        metrics, self.called = self.metrics, True
-        with writing(self.run, self.run / "metrics.jsonl"):
-            metrics.row(step=step, loss=loss, **values, grad_norm=grad_norm, lr=lr)
-        log = step % self.cfg.log_every == 0 or step == self.steps
-        if not (log or step in self.saves or step in self.evals or self.interrupt.code):
+    def batches(self, batches: Iterable) -> Iterator[tuple]:
+        """Yield (step, batch) for the remaining steps, timing how long the batches take.
+
+        If there is no batch (UserError), because data could not be downloaded for instance, the
+        last step is saved.
+        """
+        remaining = iter(batches)
+        for step in range(self.state["step"] + 1, self.steps + 1):
+            start = time.perf_counter()
+            try:
+                batch = next(remaining)
+            except UserError:
+                self.metrics.clock.stop()
+                if self.called:
+                    self.save_if_needed()
+                raise
+            self.metrics.wait_seconds += time.perf_counter() - start
+            yield step, batch
+
+    def found_inf(self, *values: Tensor) -> Tensor:
+        """1 () on the device if a value of this step or of an earlier one is not finite, else 0."""
+        finite = torch.stack([value.isfinite().all() for value in values]).all()
+        self.bad = torch.maximum(self.bad.to(finite.device), (~finite).float())
+        return self.bad
+
+    def __call__(self, step: int, *, loss, grad_norm, lr: float, **values) -> None:
+        first, self.called = not self.called, True
+        self.step = step
+        self.rows.append({"step": step, "loss": loss, **values, "grad_norm": grad_norm, "lr": lr})
+        log = first or step % self.cfg.log_every == 0 or step == self.steps
+        if not (log or step in self.saves or step in self.evals or self.asked_to_stop()):
             return
-        metrics.clock.stop()
+        self.metrics.clock.stop()
+        row = self.write_rows()
+        if first:
+            self.metrics.first_step_done()
         if log:
-            metrics.log(step, loss, lr, grad_norm)
+            self.metrics.log(step, row["loss"], lr, row["grad_norm"])
         if step in self.saves:
-            self.save(step)
-        self.stop_if_asked(step)
+            self.save()
+        self.stop_if_asked()
         if step in self.evals:
             self.evaluate_now(step)
-            self.stop_if_asked(step)
-        metrics.clock.start()
+            self.stop_if_asked()
+        self.metrics.clock.start()
 
-    def save(self, step: int) -> None:
-        progress = {"step": step, "train_seconds": self.metrics.clock.seconds}
-        progress |= {"rows": self.metrics.sync()}
-        save_checkpoint(self.run, self.model, self.optimizers, self.state | progress)
-        self.saved = step
+    def write_rows(self) -> dict:
+        """Fetch the rows since the last call, check and write them; returns the last.
+
+        Raises UserError if a value, a weight or the optimizer state is not finite.
+        """
+        rows, self.rows = self.rows, []
+        tensors = [value for row in rows for value in row.values() if torch.is_tensor(value)]
+        tensors.append(state_norm(self.model, self.optimizers))
+        numbers = torch.stack([tensor.to(tensors[0].device).float() for tensor in tensors]).tolist()
+        fetched = iter(zip(numbers, tensors, strict=True))
+        for row in rows:
+            for name, value in row.items():
+                if torch.is_tensor(value):
+                    number, tensor = next(fetched)
+                    row[name] = number if tensor.is_floating_point() else int(number)
+            if not all(map(math.isfinite, row.values())):
+                self.stop_not_finite(row, numbers[-1])
+            with writing(self.run, self.run / "metrics.jsonl"):
+                self.metrics.row(**row)
+        if not math.isfinite(numbers[-1]):
+            self.stop_not_finite(rows[-1], numbers[-1])
+        return rows[-1]
+
+    def stop_not_finite(self, row: dict, weights: float) -> None:
+        lr = "lr" if hasattr(self.cfg, "lr") else "muon_lr"
+        raise UserError(not_finite_message(self.cfg, row["step"], lr, row, weights))
+
+    def save(self) -> None:
+        self.saved = self.step
+        if rank() == 0:
+            self.state["inputs"] = self.inputs(self.step)
+            progress = {"step": self.step, **self.metrics.progress(), "rows": self.metrics.sync()}
+            save_checkpoint(self.run, self.model, self.optimizers, self.state | progress)
 
     def evaluate_now(self, step: int) -> None:
         with writing(self.run, self.run / "samples"):
             self.evaluate(step)
+        gc.collect()  # it is off between evaluations
 
-    def stop_if_asked(self, step: int) -> None:
-        if self.interrupt.code:
-            if self.saved != step:
-                self.save(step)
+    def asked_to_stop(self) -> int:
+        """The exit code if a signal asked a rank to stop, else 0: all ranks stop at one step."""
+        return largest(self.interrupt.code)
+
+    def stop_if_asked(self) -> None:
+        if code := self.asked_to_stop():
+            self.save_if_needed()
+            leave_ranks()  # torchrun stops all ranks when one has ended
             resume = f"resume with --run {self.cfg.run} --resume"
-            stop(f"stopped at step {step} and saved; {resume}", self.interrupt.code)
+            stop(f"stopped at step {self.step} and saved; {resume}", code)
+
+    def save_if_needed(self) -> None:
+        if self.rows:
+            self.write_rows()
+        if self.saved != self.step:
+            self.save()
 
 
 @contextmanager
@@ -259,16 +347,17 @@ def training_loop(
     state: dict,
     evaluate: Callable[[int], None],
     assets: Callable[[Path], None] = lambda folder: None,
+    inputs: Callable[[int], dict] | None = None,
 ) -> Iterator[AfterStep]:
     """Lock the run, create its folder if it is new, and yield the function to call after a step:
     after_step(step, loss=, grad_norm=, lr=, **values).
 
-    `state` is what a checkpoint stores in addition to step and train_seconds; `assets` writes the
-    files of a new run folder other than its config. If the run stopped between saving and
-    evaluating, it is evaluated first. A new run folder is removed if no step completes.
+    `state` is what a checkpoint stores in addition to its progress; `assets` writes the files of a
+    new run folder other than its config; `inputs` are those of `resume`. If the run stopped between
+    saving and evaluating, it is evaluated first. A new run folder is removed if no step completes.
     """
     run, first = metrics.run, state["step"]
-    after_step = AfterStep(cfg, metrics, model, optimizers, state, evaluate)
+    after_step = AfterStep(cfg, metrics, model, optimizers, state, evaluate, inputs)
 
     def fill(folder: Path) -> None:
         assets(folder)
@@ -276,23 +365,66 @@ def training_loop(
             start_from(origin(cfg, run), folder, first)
             save_checkpoint(folder, model, optimizers, state)
 
-    lock = open_run(cfg, run, fill)
+    broadcast(model)
+    lock = open_run(cfg, run, fill) if rank() == 0 else None
     try:
         metrics.open()
-        forget_later(run, first)
-        evaluated = {row["step"] for row in evaluations(run)}
-        if first in after_step.evals and first not in evaluated:
+        if rank() == 0:
+            forget_later(run, first)
+        if same_on_all(first in after_step.evals and not is_evaluated(run, first)):
             after_step.evaluate_now(first)
-        with after_step.interrupt:
+        with after_step.interrupt, no_garbage_collection(), lost_ranks_reported(after_step):
             metrics.clock.start()
             yield after_step
+            leave_ranks()
     except BaseException:
-        if not (after_step.called or cfg.resume is True):
+        if not (after_step.called or cfg.resume is True) and lock:
             shutil.rmtree(run)
         raise
     finally:
         metrics.close()
-        lock.release()
+        if lock:
+            lock.release()
+
+
+@contextmanager
+def lost_ranks_reported(after_step: AfterStep) -> Iterator[None]:
+    """Save the last complete step if another rank ends; raises UserError.
+
+    A step exchanges everything before it changes the weights, so they are those of that step.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        after_step.metrics.clock.stop()
+        remedy = "start again"
+        if after_step.called:
+            after_step.save_if_needed()
+            remedy = f"saved; resume with --run {after_step.cfg.run} --resume"
+        raise UserError(
+            f"another process of this run ended after step {after_step.step}; {remedy}"
+        ) from error
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Python's garbage collector would stop the host for milliseconds at arbitrary steps."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # what exists now is not searched at evaluations either
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
+def is_evaluated(run: Path, step: int) -> bool:
+    return step in {row["step"] for row in evaluations(run)}
 
 
 def start_from(parent: Path, folder: Path, step: int) -> None:

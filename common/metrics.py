@@ -9,6 +9,7 @@ import os
 import secrets
 import sys
 import textwrap
+import time
 from contextlib import redirect_stderr, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -19,17 +20,18 @@ from tqdm import tqdm
 from common.config import UserError, first_line, to_plain
 from common.device import Clock, device_name, peak_flops, peak_memory_gb
 from common.disk import write_text
+from common.distributed import n_ranks, rank
 from common.run import writing
 
 
 class Metrics:
     """Writes metrics.jsonl, progress lines and, if cfg.wandb is set, Weights & Biases.
 
-    On a terminal a progress bar replaces the lines.
-
-    Nothing is written before open().
+    On a terminal a progress bar replaces the lines. Nothing is written before open(), and nothing
+    on ranks other than 0.
 
     Args:
+        started: when the script started, by time.perf_counter().
         state: the state of the run, as returned by `resume`.
         steps: last step of the run.
         clock: measures training time; must be stopped when `log` and `finish` read it.
@@ -45,6 +47,7 @@ class Metrics:
         state: dict,
         steps: int,
         *,
+        started: float,
         clock: Clock,
         unit: str,
         per_step: int,
@@ -52,13 +55,19 @@ class Metrics:
     ):
         self.run, self.cfg, self.state, self.steps, self.clock = run, cfg, state, steps, clock
         self.unit, self.per_step, self.flops = unit, per_step, flops
-        self.peak = peak_flops(clock.device, cfg.dtype)
+        peak = peak_flops(clock.device, cfg.dtype)
+        self.peak = peak and peak * n_ranks()
+        self.started, self.first_step_seconds = started, state["seconds_to_first_step"]
+        self.wait_seconds = state["data_wait_seconds"]
         self.last_step, self.last_seconds = state["step"], clock.seconds
-        self.tty = sys.stderr.isatty()
+        self.last_wait = self.wait_seconds
+        self.tty = sys.stderr.isatty() and rank() == 0
         self.file = self.bar = self.wandb = None
 
     def open(self) -> None:
         """Open metrics.jsonl and drop the rows written after the checkpoint. Raises UserError."""
+        if rank():
+            return
         step, path = self.state["step"], self.run / "metrics.jsonl"
         expected = self.state.get("rows", rows_sha256(b""))
         text = path.read_bytes()[: expected["bytes"]] if path.exists() else b""
@@ -78,21 +87,39 @@ class Metrics:
     def row(self, *, step: int, **values) -> None:
         """Append a row of values at a step, with the amount of the budget used so far."""
         row = {"step": step, self.unit: step * self.per_step, **values}
-        self.file.write(json.dumps(row) + "\n")
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
         if self.wandb:
             self.wandb.log(row, step=step)
 
+    def first_step_done(self) -> None:
+        """Note how long the run took to its first step, unless it was resumed after that."""
+        if self.first_step_seconds is None:
+            self.first_step_seconds = time.perf_counter() - self.started
+
+    def progress(self) -> dict:
+        """What a checkpoint stores about time."""
+        return {
+            "train_seconds": self.clock.seconds,
+            "data_wait_seconds": self.wait_seconds,
+            "seconds_to_first_step": self.first_step_seconds,
+        }
+
     def log(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
-        """Show progress, and the speed since the last call."""
-        seconds = (self.clock.seconds - self.last_seconds) / (step - self.last_step)
+        """Show progress, and the speed and the time spent waiting for data since the last call."""
+        n_steps = step - self.last_step
+        seconds = (self.clock.seconds - self.last_seconds) / n_steps
+        wait = (self.wait_seconds - self.last_wait) / n_steps
         self.last_step, self.last_seconds = step, self.clock.seconds
+        self.last_wait = self.wait_seconds
         speed = self.per_step / seconds
         digits = 0 if speed > 10 else 2
         mfu = f"{self.flops / seconds / self.peak:.1%}" if self.peak else "-"
         eta = timedelta(seconds=round(seconds * (self.steps - step)))
         text = (
             f"{step / self.steps:.0%} | {step * self.per_step:,} {self.unit} | loss {loss:.4f} | "
-            f"lr {lr:.4g} | gnorm {grad_norm:.3f} | {seconds * 1e3:.0f} ms | "
+            f"lr {lr:.4g} | gnorm {grad_norm:.3f} | "
+            f"{seconds * 1e3:.0f} ms | data {wait * 1e3:.0f} ms | "
             f"{speed:,.{digits}f} {self.unit}/s | mfu {mfu} | "
             f"mem {peak_memory_gb(self.clock.device):.1f} GB | eta {eta}"
         )
@@ -127,15 +154,17 @@ class Metrics:
             self.wandb.finish()
 
     def finish(self, model: nn.Module, tokens: int, **results) -> dict:
-        """Plot loss.png, then write, print and return summary.json.
+        """Plot loss.png, then write, print and return summary.json; only rank 0 has a summary.
 
         Args:
             tokens: tokens trained on.
             results: the stage's own entries, such as val_loss.
         """
+        if rank():
+            return {}
         last_rows = [row for row in read_metrics(self.run) if row["step"] > 0.95 * self.steps]
         losses = [row["loss"] for row in last_rows if "loss" in row]
-        seconds, budget = self.clock.seconds, self.steps * self.per_step
+        seconds, budget, n = self.clock.seconds, self.steps * self.per_step, n_ranks()
         summary = {
             **results,
             "train_loss": sum(losses) / len(losses),  # mean over the last 5% of the budget
@@ -144,12 +173,12 @@ class Metrics:
             "steps": self.steps,
             "params": sum(p.numel() for p in model.parameters()),
             "seed": self.cfg.seed,
-            "train_seconds": seconds,
+            **self.progress(),
             f"{self.unit}_per_second": budget / seconds,
             "tokens_per_second": tokens / seconds,
             "mfu": self.flops * self.steps / seconds / self.peak if self.peak else None,
             "peak_memory_gb": peak_memory_gb(self.clock.device),
-            "device": device_name(self.clock.device),
+            "device": device_name(self.clock.device) + (f", {n} processes" if n > 1 else ""),
             **{key: self.state["code"][-1][key] for key in ("commit", "dirty", "code_sha256")},
             "code": self.state["code"],
             "inputs": self.state["inputs"],

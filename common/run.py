@@ -34,6 +34,7 @@ from common.config import (
 )
 from common.device import device_name
 from common.disk import file_sha256, sha256_of, write_text
+from common.distributed import rank, same_on_all
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,12 +43,14 @@ ROOT = Path(__file__).parent.parent
 def check_run(cfg) -> Path:
     """The folder of cfg.run: a new one, or with --resume an existing one whose settings match cfg.
 
-    Raises UserError.
+    Only rank 0 checks it. Raises UserError.
     """
     if cfg.run == "auto":
         if cfg.resume:
             raise UserError("--resume needs the name of a run; add --run NAME")
-        cfg.run = f"{cfg.stage}-{time.strftime('%Y%m%d-%H%M%S')}"
+        cfg.run = same_on_all(f"{cfg.stage}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if rank():
+        return RUNS / cfg.run
     if not re.fullmatch(r"\w[\w.+-]{0,99}", cfg.run):
         raise UserError(
             f"--run {cfg.run!r} is not a valid name; use up to 100 letters, digits and '._+-'"
@@ -312,14 +315,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> di
     Raises UserError, including when a file has changed since it was saved.
     """
     names = ["model.safetensors", "optimizer.pt"][: 2 if optimizers else 1]
-    run = folder.parent.parent
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if "sha256" not in state:
-            raise UserError(
-                f"{folder} was saved by an earlier version of this code ({made_by(run)}); use that "
-                "version, or train again under another --run"
-            )
+            raise UserError(earlier_version(folder))
         hashes = state.pop("sha256")
         found = {name: file_sha256(folder / name) for name in names}
         for name, value in {**found, "state.json": sha256_of(state)}.items():
@@ -353,6 +352,15 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: list = ()) -> di
     return state
 
 
+def earlier_version(checkpoint: Path) -> str:
+    """That a checkpoint is too old for this code, and what to do about it."""
+    return (
+        f"{checkpoint} was saved by an earlier version of this code "
+        f"({made_by(checkpoint.parent.parent)}); use that version, or train again under another "
+        "--run"
+    )
+
+
 def damage_message(folder: Path, error: Exception) -> str:
     """What is wrong with a checkpoint, and what to do about it."""
     reason = first_line(error)
@@ -376,22 +384,32 @@ INPUTS = {  # what a run is trained on: (its name in messages, the setting that 
 }
 
 
-def resume(cfg, run: Path, model: nn.Module, optimizers: list, inputs: dict[str, str]) -> dict:
+def resume(
+    cfg,
+    run: Path,
+    model: nn.Module,
+    optimizers: list,
+    inputs: Callable[[int], dict[str, str]],
+) -> dict:
     """Load the checkpoint that cfg.resume asks for; returns the state of the run.
 
-    The state has step, train_seconds, `inputs` (hashes of what the run is trained on), `recipe`
-    (hash of its settings) and `code` (every version of the code that trained it, with its first
-    step). Raises UserError if the checkpoint was trained on different inputs or, when continuing
-    the same run, with different settings.
+    The state has step, train_seconds, data_wait_seconds, seconds_to_first_step, `inputs` (hashes of
+    what the run is trained on up to a step, a function of that step), `recipe` (hash of its
+    settings) and `code` (every version of the code that trained it, with its first step). Raises
+    UserError if the checkpoint was trained on different inputs or, when continuing the same run,
+    with different settings.
     """
     settings = flatten(to_plain(cfg)).items()
     recipe = sha256_of({k: v for k, v in settings if k not in MACHINE_KEYS and k != "run"})
-    state = {"step": 0, "train_seconds": 0.0, "code": []}
+    state = {"step": 0, "train_seconds": 0.0, "data_wait_seconds": 0.0, "code": []}
+    state["seconds_to_first_step"] = None
     saved = checkpoints(run)[-1:] if cfg.resume is True else [Path(p) for p in [cfg.resume] if p]
     if saved:
         (folder,) = saved
         state = load_checkpoint(folder, model, optimizers)
-        for name, value in inputs.items():
+        if "data_wait_seconds" not in state:
+            raise UserError(earlier_version(folder))
+        for name, value in inputs(state["step"]).items():
             what, setting = INPUTS[name]
             if state["inputs"].get(name) != value:
                 raise UserError(
@@ -403,7 +421,7 @@ def resume(cfg, run: Path, model: nn.Module, optimizers: list, inputs: dict[str,
                 f"{run}/config.yaml or {folder} has changed since it was saved; restore it, or "
                 "train again under another --run"
             )
-    return state | {"inputs": inputs, "recipe": recipe, "code": code_history(state)}
+    return state | {"inputs": inputs(state["step"]), "recipe": recipe, "code": code_history(state)}
 
 
 def code_history(state: dict) -> list[dict]:

@@ -172,8 +172,10 @@ class TokenizedImages:
         return load_pixels(self.data, indices, epochs)
 
     def tokens(self, content: Tensor) -> Tensor:
-        """Image tokens (B, n_image_tokens), on the CPU, of what read() returned."""
-        return self.encode(content).cpu() if self.cache is None else content
+        """Image tokens (B, n_image_tokens) of what read() returned; encoded ones are on the
+        encoder's device.
+        """
+        return self.encode(content) if self.cache is None else content
 
 
 def tokenized(

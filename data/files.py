@@ -146,12 +146,13 @@ def parquet_records(file: Path, columns: list[str]) -> Iterator[dict]:
     """
     check_regular(file)
     with named_errors(file), pq.ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(PARQUET_BATCH, columns=columns):
-            values = {
-                name: column_values(array)
-                for name, array in zip(batch.schema.names, batch.columns, strict=True)
-            }
-            yield from ({name: values[name][i] for name in values} for i in range(len(batch)))
+        for group in range(parquet.num_row_groups):  # an iterator keeps all that it has read
+            for batch in parquet.iter_batches(PARQUET_BATCH, row_groups=[group], columns=columns):
+                values = {
+                    name: column_values(array)
+                    for name, array in zip(batch.schema.names, batch.columns, strict=True)
+                }
+                yield from ({name: values[name][i] for name in values} for i in range(len(batch)))
 
 
 def parquet_columns(file: Path) -> list[str]:

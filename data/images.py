@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import UserError
+from common.device import to_device
 from common.disk import building, cache_errors, file_sha256, write_text
 from data import shapes
 from data.image_source import (
@@ -376,7 +377,7 @@ def load_pixels(
 
 def to_float(pixels: Tensor, size: int, device: torch.device) -> Tensor:
     """Pixels (B, 3, s, s) uint8 as images (B, 3, size, size) in [-1, 1] on the device."""
-    images = pixels.to(device).float() / 127.5 - 1
+    images = to_device(pixels, device).float() / 127.5 - 1
     if pixels.shape[-1] == size:
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear")  # (B, 3, size, size)

@@ -10,9 +10,12 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +25,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import HumanInt, UserError
+from common.config import HumanInt, UserError, stop_signals
 from common.disk import cache_errors, file_sha256, locked, write_text
 from data.hub import hub_revisions
-from data.order import batch_indices, prefetch
+from data.order import BLOCK_TOKENS
 from data.source import (
     BUILT_IN,
     IDS,
@@ -42,10 +45,12 @@ from data.source import (
     only_document_size,
 )
 
-SHARD_TOKENS = 8_000_000  # a killed preparation loses at most this much work
+SHARD_TOKENS = BLOCK_TOKENS  # a shard is on disk when training needs its block
 BATCH_DOCUMENTS = 256  # tokenized at a time: enough for all cores, few enough to bound memory
 BATCH_CHARACTERS = 8_000_000
 ENCODE_CHARACTERS = 2_000_000  # per tokenizer call, which needs 100 bytes per character
+HELD_CHARACTERS = 64_000_000  # of training text that waits while validation is tokenized
+HELD_BATCHES = 8  # whose validation documents make one tokenizer call, for all cores
 BOUNDARY_CHARACTERS = 10_000  # how far before a split position to look for a line end
 
 
@@ -115,19 +120,29 @@ def end_of_text(tokenizer) -> int | None:
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text. Special tokens that appear in a text are encoded as ordinary text."""
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    return tokenizer(texts, return_attention_mask=False, **options)["input_ids"] if texts else []
+    backend = tokenizer.backend_tokenizer  # the Python layer above it takes a fifth of the time
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return [text.ids for text in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def content_key(record: dict, tokenizer=None) -> float:
-    """Hash of a document's text without surrounding whitespace; ids are decoded if possible."""
+def content_key(record: dict, hashed: float, tokenizer=None) -> float:
+    """Hash of a document's text without surrounding whitespace; ids are decoded if possible.
+
+    `hashed` is the hash of its content.
+    """
     (content,) = record.values()
-    if IDS in record and tokenizer is not None:
+    if IDS in record:
+        if tokenizer is None:
+            return hashed
         check_ids(content, tokenizer)
-        content = tokenizer.decode(
+        text = tokenizer.decode(
             content, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-    return content_hash(content.strip() if isinstance(content, str) else content)
+        return content_hash(text.strip())
+    text = content.strip()
+    return hashed if len(text) == len(content) else content_hash(text)
 
 
 def check_ids(ids: list, tokenizer) -> None:
@@ -137,6 +152,30 @@ def check_ids(ids: list, tokenizer) -> None:
             f"input_ids range from {min(ids)} to {max(ids)}, but the tokenizer has "
             f"{len(tokenizer)} entries; set --data.tokenizer to the tokenizer that produced them"
         )
+
+
+class FirstChoices:
+    """The first choice made for each key, as from dict.setdefault, in 9 bytes per key."""
+
+    N_RECENT = 50_000  # keys in a dict, which takes 150 bytes for each
+
+    def __init__(self):
+        self.keys, self.choices = np.empty(0), np.empty(0, bool)  # (N,) in the order of the keys
+        self.recent = {}
+
+    def setdefault(self, key: float, choice: bool) -> bool:
+        i = int(np.searchsorted(self.keys, key))
+        if i < len(self.keys) and self.keys[i] == key:
+            return bool(self.choices[i])
+        choice = self.recent.setdefault(key, choice)
+        if len(self.recent) >= self.N_RECENT:
+            keys = np.sort(np.fromiter(self.recent, float))
+            choices = np.array([self.recent[key] for key in keys.tolist()])
+            places = np.searchsorted(self.keys, keys)
+            self.keys = np.insert(self.keys, places, keys)
+            self.choices = np.insert(self.choices, places, choices)
+            self.recent = {}
+        return choice
 
 
 def split_documents(
@@ -154,11 +193,11 @@ def split_documents(
         (name,) = as_mix(source)
         yield from split_by_position(document_parts(name, column, counts), size, fraction)
         return
-    is_val = {}  # by key
+    is_val = FirstChoices()  # by key
     for record in documents(source, column, revisions, cfg.retry_seconds, counts):
-        key = content_key(record, tokenizer)
         (content,) = record.values()
         hashed = content_hash(content)
+        key = content_key(record, hashed, tokenizer)
         if fraction:
             split = "val" if is_val.setdefault(key, hashed < fraction) else "train"
         else:
@@ -178,9 +217,8 @@ def split_by_position(parts: Iterable[dict], size: int, fraction: float) -> Iter
         cut -= len(content)
         for split, piece in (("train", content[:here]), ("val", content[here:])):
             if piece if name == IDS else piece.strip():
-                yield Document(
-                    {name: piece}, split, content_hash(piece), content_key({name: piece})
-                )
+                hashed = content_hash(piece)
+                yield Document({name: piece}, split, hashed, content_key({name: piece}, hashed))
 
 
 def training_records(cfg: DataConfig) -> Iterator[dict]:
@@ -193,15 +231,17 @@ def training_records(cfg: DataConfig) -> Iterator[dict]:
 
 
 # ---- preparation
-def token_request(cfg: DataConfig, split: str, tokenizer_hash: str) -> dict:
+def token_request(
+    cfg: DataConfig, split: str, tokenizer_hash: str, excluded: list[float] | None = None
+) -> dict:
     """Everything that determines the prepared tokens, except how many training tokens there are.
 
-    Raises UserError.
+    `excluded` are the keys of documents in data.val_source. Raises UserError.
     """
     source = cfg.val_source if split == "val" and cfg.val_source is not None else cfg.source
     names = [name for name in as_mix(source) if name not in BUILT_IN]
     files = {name: file_stats(local_files(name).train) for name in names}
-    return {
+    request = {
         "source": source,
         "files": files,
         "hub_datasets": [name for name in names if not files[name]],
@@ -213,79 +253,124 @@ def token_request(cfg: DataConfig, split: str, tokenizer_hash: str) -> dict:
         # so that a larger validation set never replaces a smaller one
         "val_tokens": cfg.val_tokens if split == "val" else None,
     }
+    return request if excluded is None else request | {"excluded": digest(excluded)}
 
 
 def prepare_tokens(cfg: DataConfig, split: str, tokens: int, tokenizer) -> Path:
     """Folder with at least `tokens` tokens of a split ("train" or "val"), or all the source has.
 
-    Tokens of an earlier or interrupted preparation are kept and extended: the token stream does not
-    depend on how many calls prepared it. With data.val_source, training documents with the text of
-    a prepared validation document are excluded. Prints what is not used. Raises UserError.
+    See prepare_splits. Prints what is not used. Raises UserError.
     """
-    folder = prepared(cfg, split, tokens, tokenizer)
+    folder = prepare_splits(cfg, {split: tokens}, tokenizer)[split]
     print_notes(read_manifest(folder))
     return folder
 
 
-def prepared(cfg: DataConfig, split: str, tokens: int, tokenizer) -> Path:
-    """The folder of prepare_tokens. Raises UserError."""
-    request, excluded = token_request(cfg, split, digest(tokenizer.backend_tokenizer.to_str())), ()
-    if split == "train" and cfg.val_source is not None:
-        excluded = read_manifest(prepared(cfg, "val", cfg.val_tokens, tokenizer))["keys"]
-        request["excluded"] = digest(excluded)
-    folder = Path(cfg.cache) / "tokens" / f"{split}-{digest(request)}"
-    lock = Path(cfg.cache) / folder.name  # outside tokens/, which holds only prepared folders
-    with cache_errors(folder), locked(lock):
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):  # left by a process that was killed
-            leftover.unlink()
-        manifest = read_manifest(folder) or {
-            "request": request,
-            "revisions": hub_revisions(request["hub_datasets"], cfg.retry_seconds),
-            "complete": False,
-            **dict.fromkeys(("records", "documents", "excluded", "bytes", "tokens"), 0),
-            "hashes": [],  # minimum and maximum so far
-            "keys": [],
-            "counts": {},
-            "shards": [],
-        }
-        if manifest["tokens"] < tokens and not manifest["complete"]:
-            extend(folder, manifest, tokens, cfg, tokenizer, set(excluded))
-    return folder
+def prepare_splits(
+    cfg: DataConfig,
+    wanted: dict[str, int],
+    tokenizer,
+    first: int = sys.maxsize,
+    read: Callable[[Iterator], Iterator] = iter,
+) -> dict[str, Path]:
+    """Folders by split ("train", "val") with at least the wanted tokens, or all the source has.
 
-
-def extend(
-    folder: Path, manifest: dict, tokens: int, cfg: DataConfig, tokenizer, excluded: set
-) -> None:
-    """Tokenize until the folder has `tokens` tokens or the source ends. Raises UserError.
-
-    If it is interrupted, the tokens produced so far are saved.
+    Tokens of an earlier or interrupted preparation are kept and extended: the token stream does not
+    depend on how many calls prepared it. Splits of one source are prepared in one pass over it.
+    With data.val_source, training documents with the text of a prepared validation document are
+    excluded, so validation is prepared too. Once there are `first` training tokens, validation
+    comes before further ones. `read` iterates over batches of documents. Raises UserError.
     """
-    counts, request = Counter(), manifest["request"]
-    stream = split_documents(
-        cfg,
-        request,
-        manifest["revisions"],
-        tokenizer=tokenizer,
-        excluded=excluded,
-        counts=counts,
-    )
-    stream = itertools.islice(stream, manifest["records"], None)
-    label = f"tokenizing {request['split']}"
-    options = {"unit": "tok", "unit_scale": True, "disable": not sys.stderr.isatty()}
-    with tqdm(desc=label, total=tokens, initial=manifest["tokens"], **options) as bar:
-        while manifest["tokens"] < tokens and not manifest["complete"]:
-            n_wanted = min(SHARD_TOKENS, tokens - manifest["tokens"])
-            batches = []
-            try:
-                while n_wanted > 0 and not (batches and batches[-1].is_last):
-                    batch = next_batch(stream, manifest["request"]["split"], tokenizer)
-                    batches.append(batch)
-                    n_wanted -= batch.n_tokens
-                    bar.update(batch.n_tokens)
-            finally:
-                if batches:
-                    save_shard(folder, batches, manifest, counts)
+    tokenizer_hash = digest(tokenizer.backend_tokenizer.to_str())
+    options = {"tokenizer": tokenizer, "first": first, "read": read}
+    if cfg.val_source is None:
+        requests = {split: token_request(cfg, split, tokenizer_hash) for split in wanted}
+        return prepare_source(cfg, requests, wanted, **options)
+    request = token_request(cfg, "val", tokenizer_hash)
+    val_tokens = {"val": wanted.get("val", cfg.val_tokens)}
+    folders = prepare_source(cfg, {"val": request}, val_tokens, **options)
+    if "train" in wanted:
+        keys = read_manifest(folders["val"])["keys"]
+        request = token_request(cfg, "train", tokenizer_hash, keys)
+        requests, options["excluded"] = {"train": request}, set(keys)
+        folders |= prepare_source(cfg, requests, wanted, **options)
+    return folders
+
+
+def prepare_source(
+    cfg: DataConfig, requests: dict[str, dict], wanted: dict[str, int], **options
+) -> dict[str, Path]:
+    """Folders with the wanted tokens of requests for splits of one source. Raises UserError."""
+    folders = {split: token_folder(cfg, request) for split, request in requests.items()}
+    with ExitStack() as stack:
+        stack.enter_context(cache_errors(Path(cfg.cache) / "tokens"))
+        for folder in sorted(folders.values()):  # in one order, so that no two processes deadlock
+            # the lock is outside tokens/, which holds only prepared folders
+            stack.enter_context(locked(Path(cfg.cache) / folder.name))
+        for folder in folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.tmp"):  # left by a process that was killed
+                leftover.unlink()
+        manifests = {split: read_manifest(folder) for split, folder in folders.items()}
+        known = [manifest["revisions"] for manifest in manifests.values() if manifest]
+        if len(known) < len(folders):
+            names = next(iter(requests.values()))["hub_datasets"]
+            revisions = known[0] if known else hub_revisions(names, cfg.retry_seconds)
+        splits = []
+        for split in sorted(folders, reverse=True):  # val before train
+            manifest = manifests[split] or new_manifest(requests[split], revisions)
+            splits.append(Split(folders[split], manifest, wanted[split]))
+        unfinished = [split for split in splits if not split.is_done]
+        while unfinished:
+            revisions = unfinished[0].manifest["revisions"]
+            same = [split for split in unfinished if split.manifest["revisions"] == revisions]
+            fill(same, cfg, **options)
+            unfinished = [split for split in unfinished if split not in same]
+    return folders
+
+
+def token_folder(cfg: DataConfig, request: dict) -> Path:
+    return Path(cfg.cache) / "tokens" / f"{request['split']}-{digest(request)}"
+
+
+def new_manifest(request: dict, revisions: dict) -> dict:
+    return {
+        "request": request,
+        "revisions": revisions,
+        "complete": False,
+        **dict.fromkeys(("records", "documents", "excluded", "bytes", "tokens"), 0),
+        "hashes": [],  # minimum and maximum so far
+        "keys": [],
+        "counts": {},
+        "shards": [],
+    }
+
+
+class DocumentBatch(NamedTuple):
+    """Consecutive documents of a stream."""
+
+    start: int  # index of the first document
+    documents: list[Document]
+    n_characters: int
+    counts: dict  # of what was skipped and changed so far
+    is_last: bool  # the stream has ended
+
+
+def document_batches(
+    stream: Iterator[Document], start: int, counts: Counter
+) -> Iterator[DocumentBatch]:
+    """The documents of a stream from index `start` on, in batches."""
+    stream, is_last = itertools.islice(stream, start, None), False
+    while not is_last:
+        batch, size, is_last = [], 0, True
+        for document in stream:
+            batch.append(document)
+            size += n_characters(document.record)
+            if len(batch) >= BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+                is_last = False
+                break
+        yield DocumentBatch(start, batch, size, dict(counts), is_last)
+        start += len(batch)
 
 
 class Batch(NamedTuple):
@@ -296,35 +381,136 @@ class Batch(NamedTuple):
     hashes: list[float]  # of all documents
     n_excluded: int
     n_bytes: int  # of text in the split
+    counts: dict
     is_last: bool  # the stream has ended
 
+
+@dataclass
+class Split:
+    """A folder of prepared tokens that is extended to `wanted` tokens."""
+
+    folder: Path
+    manifest: dict
+    wanted: int
+    waiting: deque[DocumentBatch] = field(default_factory=deque)
+    unsaved: list[Batch] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.n_tokens, self.is_complete = self.manifest["tokens"], self.manifest["complete"]
+
     @property
-    def n_tokens(self) -> int:
-        return sum(map(len, self.pieces))
+    def is_done(self) -> bool:
+        return self.n_tokens >= self.wanted or self.is_complete
+
+    @property
+    def name(self) -> str:
+        return self.manifest["request"]["split"]
+
+    def own(self, batch: DocumentBatch) -> list[Document]:
+        """Documents of a batch that are beyond what the folder has."""
+        return batch.documents[max(0, self.manifest["records"] - batch.start) :]
+
+    def take(self, batch: DocumentBatch) -> None:
+        """Let a batch wait to be tokenized if this split needs it."""
+        if not self.is_done and (self.own(batch) or batch.is_last):
+            self.waiting.append(batch)
+
+    def add(self, batch: Batch) -> None:
+        """Add the tokens of a batch; saves them if a shard is complete or nothing is missing."""
+        self.unsaved.append(batch)
+        self.n_tokens += sum(map(len, batch.pieces))
+        self.is_complete = batch.is_last
+        n_shards = (max(1, self.manifest["tokens"]) - 1) // SHARD_TOKENS + 1
+        # one more, because the last input of a block has a target too
+        if self.is_done or self.n_tokens > n_shards * SHARD_TOKENS:
+            self.save()
+
+    def save(self) -> None:
+        if self.unsaved:
+            with uninterrupted():
+                batches, self.unsaved = self.unsaved, []
+                save_shard(self.folder, batches, self.manifest)
 
 
-def next_batch(stream: Iterator[Document], split: str, tokenizer) -> Batch:
-    """The next documents of a stream, those of the split tokenized. Raises UserError."""
-    batch, size, is_last = [], 0, True
-    for document in stream:
-        batch.append(document)
-        size += n_characters(document.record)
-        if len(batch) >= BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
-            is_last = False
-            break
-    kept = [document for document in batch if document.split == split]
-    pieces, n_bytes = tokenize([document.record for document in kept], tokenizer)
-    return Batch(
-        pieces,
-        [document.key for document in kept],
-        [document.hash for document in batch],
-        sum(document.split == "excluded" for document in batch),
-        n_bytes,
-        is_last,
+def fill(
+    splits: list[Split], cfg: DataConfig, tokenizer, first: int, read: Callable, excluded=()
+) -> None:
+    """Tokenize until all splits, training last, are done or the source ends. Raises UserError.
+
+    If it is interrupted, the tokens produced so far are saved.
+    """
+    counts, manifest = Counter(), splits[0].manifest
+    stream = split_documents(
+        cfg,
+        manifest["request"],
+        manifest["revisions"],
+        tokenizer=tokenizer,
+        excluded=excluded,
+        counts=counts,
     )
+    start = min(split.manifest["records"] for split in splits)
+    names = " and ".join(split.name for split in splits)
+    total = sum(split.wanted for split in splits[:-1]) + min(splits[-1].wanted, first)
+    n_done = sum(split.n_tokens for split in splits)
+    options = {"unit": "tok", "unit_scale": True, "disable": not sys.stderr.isatty()}
+    with tqdm(desc=f"tokenizing {names}", total=total, initial=n_done, **options) as bar:
+        try:
+            for batch in read(document_batches(stream, start, counts)):
+                for split in splits:
+                    split.take(batch)
+                tokenize_waiting(splits, first, tokenizer, batch.is_last)
+                bar.update(sum(split.n_tokens for split in splits) - bar.n)
+                if splits[-1].n_tokens >= first and all(split.is_done for split in splits[:-1]):
+                    bar.close()  # training starts and prints its own lines
+                if all(split.is_done for split in splits):
+                    break
+        finally:
+            for split in splits:
+                split.save()
 
 
-def save_shard(folder: Path, batches: list[Batch], manifest: dict, counts: Counter) -> None:
+def tokenize_waiting(splits: list[Split], first: int, tokenizer, is_last: bool) -> None:
+    """Tokenize the batches that wait; if the last split has `first` tokens, its batches wait until
+    the others are done or there are too many of them.
+    """
+    *others, last = splits
+    if last.n_tokens >= first and not all(split.is_done for split in others):
+        for split in others:
+            if len(split.waiting) >= HELD_BATCHES or is_last:
+                add_tokens([(split, batch) for batch in split.waiting], tokenizer)
+                split.waiting.clear()
+        while sum(batch.n_characters for batch in last.waiting) > HELD_CHARACTERS:
+            add_tokens([(last, last.waiting.popleft())], tokenizer)
+        if not all(split.is_done for split in others):
+            return
+    while any(split.waiting for split in splits):
+        oldest = [(split, split.waiting.popleft()) for split in splits if split.waiting]
+        add_tokens(oldest, tokenizer)
+
+
+def add_tokens(work: list[tuple[Split, DocumentBatch]], tokenizer) -> None:
+    """Tokenize batches in one call and add each to its split, unless that is done by then."""
+    records = []
+    for split, batch in work:
+        kept = [document.record for document in split.own(batch) if document.split == split.name]
+        records.append(sorted(kept, key=lambda record: IDS in record))  # texts first
+    pieces, n_bytes = map(iter, tokenize(list(itertools.chain(*records)), tokenizer))
+    for (split, batch), group in zip(work, records, strict=True):
+        own = split.own(batch)
+        tokens = Batch(
+            list(itertools.islice(pieces, len(group))),
+            [document.key for document in own if document.split == split.name],
+            [document.hash for document in own],
+            sum(document.split == "excluded" for document in own),
+            sum(itertools.islice(n_bytes, len(group))),
+            batch.counts,
+            batch.is_last,
+        )
+        if not split.is_done:
+            split.add(tokens)
+
+
+def save_shard(folder: Path, batches: list[Batch], manifest: dict) -> None:
     """Write the tokens of batches as a shard, unless there are none, and extend the manifest."""
     shard = np.concatenate([np.empty(0, np.uint16), *(p for b in batches for p in b.pieces)])
     hashes = [*manifest["hashes"], *(value for batch in batches for value in batch.hashes)]
@@ -336,7 +522,7 @@ def save_shard(folder: Path, batches: list[Batch], manifest: dict, counts: Count
         "bytes": manifest["bytes"] + sum(batch.n_bytes for batch in batches),
         "tokens": manifest["tokens"] + len(shard),
         "hashes": [min(hashes, default=0.0), max(hashes, default=0.0)],
-        "counts": dict(counts),
+        "counts": batches[-1].counts,
     }
     request = manifest["request"]
     if request["split"] == "val" and not request["holdout_fraction"]:  # excluded from training
@@ -365,21 +551,44 @@ def write_array(path: Path, array: np.ndarray) -> None:
         raise
 
 
-def tokenize(batch: list[dict], tokenizer) -> tuple[list[np.ndarray], int]:
-    """Token ids of each record as uint16 (N,), end-of-text first, and the total bytes of text.
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Postpone the signals that stop this process to the end of the context."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread receives signals
+        return
+    received = []
+    before = {n: signal.signal(n, lambda n, _: received.append(n)) for n in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
-    Existing `input_ids` are kept unchanged and come after the texts; their byte count is the number
-    of characters in the names of their tokens, which is exact for a byte-level BPE.
+
+def tokenize(records: list[dict], tokenizer) -> tuple[list[np.ndarray], list[int]]:
+    """Token ids of each record as uint16 (N,), end-of-text first, and the bytes of its text.
+
+    Existing `input_ids` are kept unchanged; their byte count is the number of characters in the
+    names of their tokens, which is exact for a byte-level BPE.
     """
-    texts = [next(iter(record.values())) for record in batch if IDS not in record]
-    ready = [record[IDS] for record in batch if IDS in record]
-    n_bytes = sum(len(text.encode()) for text in texts)
-    pieces, start = [], end_of_text(tokenizer)
-    for group in groups(texts, ENCODE_CHARACTERS):
-        pieces += [np.array([start, *ids], np.uint16) for ids in encode(tokenizer, group)]
-    for ids in ready:
-        pieces.append(np.array(ids, np.uint16))
-        n_bytes += sum(map(len, tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)))
+    start = end_of_text(tokenizer)
+    texts = [next(iter(record.values())) for record in records if IDS not in record]
+    batches = (encode(tokenizer, group) for group in groups(texts, ENCODE_CHARACTERS))
+    encoded = zip(itertools.chain.from_iterable(batches), texts, strict=True)
+    pieces, n_bytes = [], []
+    for record in records:
+        if IDS in record:
+            ids = record[IDS]
+            names = tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)
+            pieces.append(np.array(ids, np.uint16))
+            n_bytes.append(sum(map(len, names)))
+        else:
+            ids, text = next(encoded)
+            pieces.append(np.array([start, *ids], np.uint16))
+            n_bytes.append(len(text.encode()))
     return pieces, n_bytes
 
 
@@ -435,37 +644,56 @@ def print_notes(manifest: dict) -> None:
 class Tokens:
     """First `limit` tokens of a prepared folder (None: all), memory-mapped.
 
-    `sha256` is the hash of these tokens as little-endian uint16. Raises UserError if there are no
-    tokens or a shard has changed since it was written.
+    Raises UserError if there are no tokens or a shard has changed since it was written.
     """
 
     def __init__(self, folder: Path, limit: int | None = None):
+        self.folder, self.limit = folder, limit or sys.maxsize
+        self.shards, self.starts = [], np.zeros(1, np.int64)  # (n_shards + 1,)
+        self.hashes = {0: hashlib.sha256()}  # by number of tokens
         manifest = read_manifest(folder)
         if not manifest["shards"]:
             raise UserError(no_tokens(manifest))
-        paths = [folder / shard["file"] for shard in manifest["shards"]]
-        for path, shard in zip(paths, manifest["shards"], strict=True):
+        self.map_shards(manifest)
+        self.bytes_per_token = manifest["bytes"] / manifest["tokens"]  # of the whole folder
+
+    def map_shards(self, manifest: dict) -> None:
+        """Map the shards of a manifest that are new, up to the limit. Raises UserError."""
+        for shard in manifest["shards"][len(self.shards) :]:
+            if self.starts[-1] >= self.limit:
+                return
+            path = self.folder / shard["file"]
             if not path.exists() or file_sha256(path) != shard["sha256"]:
                 raise UserError(
-                    f"{path} is damaged (its sha256 differs from the manifest); delete {folder} to "
-                    "prepare it again"
+                    f"{path} is damaged (its sha256 differs from the manifest); delete "
+                    f"{self.folder} to prepare it again"
                 )
-        self.shards = [np.memmap(path, dtype=np.uint16, mode="r") for path in paths]
-        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])  # (n_shards + 1,)
-        self.bytes_per_token = manifest["bytes"] / manifest["tokens"]  # of the whole folder
-        self.n = min(int(self.starts[-1]), limit or sys.maxsize)
-        sha256 = hashlib.sha256()
-        for start, shard in zip(self.starts[:-1], self.shards, strict=True):
-            sha256.update(shard[: max(0, self.n - start)].data)
-        self.sha256 = sha256.hexdigest()
+            self.shards.append(np.memmap(path, dtype=np.uint16, mode="r"))
+            # last, because another thread may be reading
+            self.starts = np.append(self.starts, self.starts[-1] + shard["tokens"])
 
     def __len__(self) -> int:
-        return self.n
+        return min(int(self.starts[-1]), self.limit)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all tokens as little-endian uint16."""
+        return self.prefix_sha256(len(self))
+
+    def prefix_sha256(self, n: int) -> str:
+        """Hash of the first n tokens as little-endian uint16; continues from shorter prefixes."""
+        assert n <= len(self), f"{n} of {len(self)} tokens"
+        done = max(length for length in self.hashes if length <= n)
+        sha256 = self.hashes[done].copy()
+        for start, shard in zip(self.starts[:-1], self.shards, strict=False):
+            sha256.update(shard[max(0, done - start) : max(0, n - start)].data)
+        self.hashes[n] = sha256
+        return sha256.hexdigest()
 
     def window(self, start: int, length: int) -> np.ndarray:
         """Tokens start to start + length - 1 as int64 (length,), across shards where necessary."""
         end = start + length
-        assert 0 <= start < end <= self.n, f"window {start} to {end} of {self.n} tokens"
+        assert 0 <= start < end <= len(self), f"window {start} to {end} of {len(self)} tokens"
         first = np.searchsorted(self.starts, start, side="right") - 1
         last = np.searchsorted(self.starts, end)
         shards = zip(self.starts[first:last], self.shards[first:last], strict=True)
@@ -495,27 +723,6 @@ def no_tokens(manifest: dict) -> str:
         f"none of the {manifest['records']} documents in data source {request['source']} is in the "
         f"{request['split']} split; {remedy}"
     )
-
-
-def token_batches(
-    tokens: Tokens,
-    first: int,
-    steps: int,
-    *,
-    batch: int,
-    seq_len: int,
-    n_windows: int,
-    seed: int,
-    device: torch.device,
-) -> Iterator[Tensor]:
-    """Windows (batch, seq_len + 1) on the device for steps first to steps - 1."""
-
-    def read(step: int) -> Tensor:
-        windows = tokens.windows(batch_indices(step, batch, n_windows, seed), seq_len)
-        return windows.pin_memory() if device.type == "cuda" else windows
-
-    ready = prefetch(read, first, steps, device)
-    return (windows.to(device, non_blocking=True) for windows in ready)
 
 
 def eval_windows(tokens: Tokens, seq_len: int, count: int) -> Tensor:

@@ -30,6 +30,7 @@ from helpers import MODULES, ROOT, flags_of, losses, sentences, write_jsonl
 from PIL import Image
 from safetensors.torch import load_file
 
+import common.device
 import common.loop
 import data.text
 from common.config import run_script
@@ -160,9 +161,10 @@ def obey_permissions() -> None:
     assert ctypes.CDLL(None).capset(header, none) == 0
 
 
-def attempt(folder: Path, stage: str, argv: list[str], parent, errors, fault, obeys) -> None:
+def attempt(folder: Path, stage: str, argv: list[str], parent, errors, fault, obeys, env) -> None:
     """Run a stage's script as its command line does, with standard error sent to the tests."""
     os.chdir(folder)
+    os.environ.update(env)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(errors.fileno(), 2)
     if obeys and os.getuid() == 0:
@@ -170,7 +172,8 @@ def attempt(folder: Path, stage: str, argv: list[str], parent, errors, fault, ob
     signal.signal(signal.SIGINT, signal.default_int_handler)  # both may have been ignored
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     data.text.SHARD_TOKENS, data.text.BATCH_DOCUMENTS = 2000, 16  # several shards
-    MODULES["llm"].matmul_flops = lambda device: 1e12  # measuring takes longer than the training
+    # measuring takes longer than the training
+    common.device.matmul_flops = lambda device, dtype: 1e12
     module, name = MODULES[stage], f"train_{stage}.py"
     sys.argv = [name, *argv]
     announcer = Announcer(parent, fault)
@@ -187,7 +190,7 @@ def attempt(folder: Path, stage: str, argv: list[str], parent, errors, fault, ob
 # ---- in the tests
 class Attempt:
     """A forked process that trains in `folder`, disturbed by a Fault if there is one. With `obeys`
-    it has no more rights than the permissions of files give it.
+    it has no more rights than the permissions of files give it. `env` is added to its environment.
 
     Attributes after `wait`: `code`, its exit code as a shell gives it; `errors`, its standard
     error; `phase`, where the fault happened (None: it did not); `log`, [phase, its start in
@@ -195,7 +198,7 @@ class Attempt:
     """
 
     def __init__(
-        self, folder: Path, stage: str, fault: Fault | None = None, obeys=False, **changes
+        self, folder: Path, stage: str, fault: Fault | None = None, obeys=False, env=(), **changes
     ):
         self.stage, self.fault, self.phase, self.log = stage, fault, None, []
         resume = {"resume": "true"} if (folder / "runs/a").exists() else {}
@@ -203,7 +206,7 @@ class Attempt:
         argv = flags_of(MODULES[stage], **settings)
         self.messages, to_parent = FORKS.Pipe(duplex=False)
         self.stderr, to_stderr = FORKS.Pipe(duplex=False)
-        args = (folder, stage, argv, to_parent, to_stderr, fault, obeys)
+        args = (folder, stage, argv, to_parent, to_stderr, fault, obeys, dict(env))
         with mock.patch.dict(os.environ, PYTHONPATH=PATHS):  # for the preloading
             forkserver.ensure_running()
         self.process = FORKS.Process(target=attempt, args=args)

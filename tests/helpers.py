@@ -18,13 +18,14 @@ from common.run import checkpoints
 ROOT = Path(__file__).parent.parent
 STAGES = ("llm", "vqvae", "multimodal")
 
-TINY = {
+TINY = {  # fp32, because bf16 takes twice the time where matrices are this small
     "train_llm": {
         "tokens": "2560",
         "batch_tokens": "128",
         "eval_tokens": "256",
         "sample_tokens": "4",
         "device": "cpu",
+        "dtype": "float32",
         "data.source": "corpus.jsonl",
         "data.tokenizer": "bpe-300",
         "data.val_tokens": "1000",
@@ -42,6 +43,7 @@ TINY = {
         "batch_images": "8",
         "eval_images": "16",
         "device": "cpu",
+        "dtype": "float32",
         "data.source": "shapes",
         "probe_steps": "0",
         "model.image_size": "32",
@@ -56,6 +58,7 @@ TINY = {
         "eval_sequences": "8",
         "sample_n": "2",
         "device": "cpu",
+        "dtype": "float32",
         "data.source": "shapes",
         "data.tokenizer": "bpe-300",
         "model.vocab_size": "318",

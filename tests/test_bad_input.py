@@ -33,6 +33,7 @@ PROGRAMS = {
     "record": "tools.record",
     "score": "tools.score_images",
     "bench": "tools.bench",
+    "scaling": "tools.scaling",
 }
 BASE = {"vqvae": {"images": 16}, "multimodal": {"sequences": 8, "vqvae": "v"}}  # one or two steps
 
@@ -285,9 +286,9 @@ CASES = {
             "stage": "--stage",
         }.items()
     },
-    "model that is null": Case("bench", ["loss", *config("null")], "model"),
-    "model that is a list": Case("bench", ["loss", *config("model-list")], "model"),
-    "model that is a word": Case("bench", ["loss", "--model=small"], "--model"),
+    "model that is null": Case("llm", config("null"), "model"),
+    "model that is a list": Case("llm", config("model-list"), "model"),
+    "model that is a word": Case("llm", ["--model=small"], "--model"),
     "config that is a pipe": Case("llm", ["--config=pipe"], "--config pipe", fifo),
     # data
     "data that does not exist": Case("llm", ["--data.source=none.parquet"], "none.parquet"),
@@ -424,13 +425,19 @@ CASES = {
     "score without images": Case("score", ["m", "--n=0"], "--n is 0"),
     "score without end": Case("score", ["m", "--n=1000000000"], "at most 100000"),
     "score in no batches": Case("score", ["m", "--batch=0"], "--batch is 0"),
-    "measurement that does not exist": Case("bench", ["speed"], "speed"),
-    "no measurement": Case("bench", [], "what"),
-    "no rounds": Case("bench", ["loss", "--rounds=0"], "--rounds is 0"),
-    "more tokens than an image": Case("bench", ["decoding", "--image_tokens=2000"], "1024"),
-    "batch below a sequence": Case("bench", ["training", "--batch_tokens=10"], "--batch_tokens 10"),
-    "extras in a tiny context": Case("bench", ["extras", "--model.seq_len=3"], "at least 4"),
-    "speed of another model": Case("bench", ["training", "--model.canon=2"], "plain Llama"),
+    "measurement that does not exist": Case("bench", ["--only=speed"], "'speed'"),
+    "shape that does not exist": Case("bench", ["--shape=huge"], "huge"),
+    "no repeats": Case("bench", ["--repeats=0"], "--repeats is 0"),
+    "more tokens than an image": Case("bench", ["--image_tokens=2000"], "from 9 to 1024"),
+    "results in a folder": Case("bench", ["--out=photos"], ".json"),
+    "results in a device": Case("bench", ["--out=/dev/null"], ".json"),
+    "results in a missing folder": Case("bench", ["--out=none/a.json"], "create it"),
+    "no results": Case("scaling", [], "files"),
+    "results that do not exist": Case("scaling", ["none.json"], "none.json is not a result"),
+    "results of another tool": Case("scaling", ["word.yaml"], "word.yaml is not a result"),
+    "price of an unknown card": Case("scaling", ["a.json", "--price", "TPU=1"], "TPU=1"),
+    "price in words": Case("scaling", ["a.json", "--price", "H100=cheap"], "H100=2.50"),
+    "speed above the peak": Case("scaling", ["a.json", "--mfu", "0.5", "1.5"], "--mfu is 0.5 1.5"),
     "command that does not exist": Case("record", ["rank"], "'rank' is not a command"),
     "trials without a name": Case("record", ["trials"], "trials need a name"),
     "trials without seeds": Case("record", ["trials", "--run=t", "--seeds=0"], "--seeds is 0"),
@@ -498,7 +505,7 @@ def test_the_table_names_at_least_eighty_wrong_inputs():
 
 @pytest.mark.parametrize(
     "name",
-    ["misspelled flag", "config broken", "prompt with half a character", "no rounds"],
+    ["misspelled flag", "config broken", "prompt with half a character", "no repeats"],
 )
 def test_wrong_input_ends_a_real_process_the_same_way(workspace, name):
     case = CASES[name]

@@ -12,7 +12,7 @@ import train_llm
 import train_multimodal
 import train_vqvae
 from common.config import UserError, load_config
-from tools import bench, record, score_images
+from tools import bench, record, scaling, score_images
 
 CONFIGS = {
     "train_llm.py": train_llm.Config,
@@ -74,6 +74,8 @@ def check_command(program: str, arguments: list[str]) -> None:
         load_config(CONFIGS[program], words)
     elif program == "-m tools.record submit":
         record.submit_options([*words, "--who", "me"])
+    elif program == "-m tools.scaling":
+        scaling.parse(words)
     elif program in OTHERS:
         assert program.endswith("compare") == ("--" in words)
     else:

@@ -26,15 +26,11 @@ CONFIGS = {
     name: importlib.import_module(PROGRAMS[name]).Config
     for name in ("llm", "vqvae", "multimodal", "generate", "score", "bench")
 }
-TINY_MODEL = {key: value for key, value in TINY["train_llm"].items() if key.startswith("model.")}
 REQUIRED = {  # the smallest useful arguments of each program
     **{name: TINY[f"train_{name}"] | {"run": "new"} for name in MODULES},
     "generate": {"prompt": "a fox", "max_tokens": "3"},
     "score": {"n": "2", "n_real": "20", "n_classify": "1", "batch": "2"},
-    "bench": TINY_MODEL
-    | {"rounds": "1", "steps": "1", "image_tokens": "1", "batch_tokens": "64", "device": "cpu"}
-    | {"loss_tokens": "8", "loss_vocab": "8", "model.d_model": "8", "model.n_heads": "1"}
-    | {"model.n_kv_heads": "1"},
+    "bench": {"shape": "tiny", "only": "vqvae", "repeats": "1", "device": "cpu"},
 }
 REQUIRED["llm"]["tokens"] = "256"
 for name, values in BASE.items():
@@ -42,12 +38,11 @@ for name, values in BASE.items():
 WORDS = {  # arguments without a flag
     "generate": st.sampled_from(["lm", "m", "v", "none", "runs/lm", "../x", "a\0b", "x" * 300]),
     "score": st.sampled_from(["m", "lm", "none", "."]),
-    "bench": st.sampled_from(["training", "extras", "loss", "decoding", "nothing"]),
 }
 SLOW = {  # settings that only make a program run longer: not worth a try with large values
-    *("tokens", "images", "sequences", "rounds", "steps", "image_tokens", "probe_steps"),
+    *("tokens", "images", "sequences", "repeats", "shape", "only", "image_tokens", "probe_steps"),
     *("max_tokens", "n", "n_real", "n_classify", "sample_n", "sample_tokens", "eval_images"),
-    *("batch_tokens", "batch_images", "batch_sequences", "loss_tokens", "loss_vocab", "compile"),
+    *("batch_tokens", "batch_images", "batch_sequences", "compile"),
 }
 HOSTILE = st.sampled_from(
     ["0", "-1", "nan", ".nan", ".inf", "-.inf", "1e308", "1e-320", str(10**18), str(10**30), ""]

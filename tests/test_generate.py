@@ -1,13 +1,23 @@
 import io
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import script, sentences, train, write_jsonl
+from helpers import noisy, script, sentences, train, write_jsonl
 
 import generate
 from common.config import UserError, load_config
-from sampling import generate_text, load_run
+from model import Llama, ModelConfig
+from sampling import (
+    generate_text,
+    load_run,
+    load_vqvae,
+    numbered,
+    prompt_ids,
+    write_text_samples,
+)
+from vqvae import VQVAEConfig
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +64,22 @@ def test_run_takes_precedence_over_a_folder_of_the_same_name(tmp_path, workspace
 def test_checkpoint_has_the_weights_of_its_step():
     early, late = load("runs/a/checkpoints/0000045").model, load("a").model
     assert not torch.equal(early.embed.weight, late.embed.weight)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_have_the_compute_dtype(dtype):
+    cfg = load_config(generate.Config, ["a", "--dtype", dtype])
+    assert {p.dtype for p in load_run("a", cfg).model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_vqvae_has_weights_of_the_compute_dtype_and_fp32_codes(monkeypatch):
+    shape = VQVAEConfig(image_size=16, width=8, n_blocks=1, codebook_size=16)
+    saved = {"stage": "vqvae", "model": vars(shape)}
+    monkeypatch.setattr("sampling.find_run", lambda name: (Path(name), Path(name), saved))
+    monkeypatch.setattr("sampling.load_checkpoint", lambda path, vqvae: noisy(vqvae))
+    vqvae = load_vqvae("v", torch.device("cpu"), torch.bfloat16)
+    assert {p.dtype for p in vqvae.parameters()} == {torch.bfloat16}
+    assert vqvae.quantizer.codes.dtype == torch.float32
 
 
 # ---- output
@@ -163,6 +189,65 @@ def test_continuation_ends_at_end_of_text():
     stub_generation(loaded.model, [[a, a], [b, end], [end, b], [a, a]])
     settings = {"seed": 0, "max_tokens": 9, "temperature": 1}
     assert generate_text(loaded.model, loaded.tokenizer, "", 2, **settings) == ["ab", "a"]
+
+
+def test_generation_stops_soon_after_all_continuations_have_ended():
+    loaded = load("a")
+    a, end = *loaded.tokenizer("a")["input_ids"], loaded.tokenizer.eos_token_id
+    rows = chain([[a, end], [end, a]], repeat([a, a]))  # infinite
+    loaded.model.generate = lambda prompt, *_, **__: (prompt.new_tensor(row) for row in rows)
+    settings = {"seed": 0, "max_tokens": 9, "temperature": 1}
+    assert generate_text(loaded.model, loaded.tokenizer, "", 2, **settings) == ["a", ""]
+
+
+def test_stream_shows_each_token_before_the_next_is_generated():
+    loaded, out, shown = load("a"), io.StringIO(), []
+    ids = loaded.tokenizer("fox")["input_ids"]
+
+    def generate_slowly(prompt, *_, **__):
+        for token in ids:
+            shown.append(out.getvalue())
+            yield prompt.new_tensor([token])
+
+    loaded.model.generate = generate_slowly
+    settings = {"seed": 0, "max_tokens": 9, "temperature": 1}
+    generate_text(loaded.model, loaded.tokenizer, "a ", 1, **settings, out=out)
+    expected = [f"a {loaded.tokenizer.decode(ids[:n])}" for n in range(len(ids))]
+    assert shown == expected
+
+
+# ---- samples at an evaluation
+def random_model(dtype: torch.dtype = torch.float32) -> Llama:
+    """A model with every option of text models and the vocabulary of the run's tokenizer."""
+    shape = {"vocab_size": 300, "d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
+    shape |= {"d_ff": 32, "seq_len": 32, "subwords": 8, "value_embed": True, "canon": 2}
+    model = noisy(Llama(ModelConfig(**shape), compute_dtype=dtype))
+    model.embed.weight.data *= 0.3  # less certain of the next token
+    return model
+
+
+def test_samples_are_those_of_every_prompt_alone(tmp_path):
+    """Two prompts have the same length and form a batch."""
+    model, tokenizer, prompts = random_model(), load("a").tokenizer, ["qz", "qqz", "zq"]
+    lengths = [len(prompt_ids(tokenizer, prompt, 32)) for prompt in prompts]
+    assert lengths[0] == lengths[2] != lengths[1]
+    write_text_samples(tmp_path / "x.txt", model, tokenizer, prompts, 9, seed=1)
+    settings = {"seed": 1, "max_tokens": 9, "temperature": 0.8}
+    alone = [generate_text(model, tokenizer, prompt, 1, **settings)[0] for prompt in prompts]
+    assert alone[0] != alone[2]
+    assert (tmp_path / "x.txt").read_text() == "\n".join(numbered(prompts, alone)) + "\n"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_leave_training_alone(dtype, tmp_path):
+    model, tokenizer = random_model(dtype), load("a").tokenizer
+    before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    write_text_samples(tmp_path / "x.txt", model, tokenizer, ["a fox"], 9, seed=0)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    x = torch.arange(20)[None]
+    model(x, x).backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 # ---- errors

@@ -2,6 +2,8 @@ import dataclasses
 import json
 import math
 import signal
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,6 @@ from common.config import HumanInt, RunConfig, UserError
 from common.device import Clock
 from common.loop import (
     Interrupt,
-    check_finite,
     clipped_norm,
     finished_summary,
     milestones,
@@ -33,7 +34,8 @@ from common.run import checkpoints, resume
 def tiny() -> tuple[torch.nn.Module, list[torch.optim.Optimizer]]:
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 1)
-    adamw = torch.optim.AdamW([{"params": list(model.parameters()), "peak_lr": 0.5}], lr=0.5)
+    groups = [{"params": list(model.parameters()), "peak_lr": 0.5}]
+    adamw = torch.optim.AdamW(groups, lr=0.5, fused=True)
     return model, [adamw]
 
 
@@ -174,41 +176,14 @@ def test_update_applies_and_clears_the_gradients():
     assert model.weight.grad is None
 
 
-def checked(*values: float, where: str = "nowhere", number: float = math.nan) -> list[float]:
-    """check_finite of runs/a at step 7, with `number` planted in the weights or the moments."""
+def test_update_with_found_inf_changes_nothing():
     model, optimizers = tiny()
     backward(model)
     update(optimizers)
-    state = optimizers[0].state[model.weight]
-    places = {"weights": model.weight.data, "buffer": torch.ones(3), "moment": state["exp_avg_sq"]}
-    model.register_buffer("buffer", places["buffer"])
-    if where in places:
-        places[where].flatten()[-1] = number
-    cfg = SimpleNamespace(run="a", muon_lr=0.01)
-    return check_finite(cfg, 7, "muon_lr", model, optimizers, *map(torch.tensor, values))
-
-
-@pytest.mark.parametrize("values", [(math.nan, 1.0), (1.0, math.inf), (2.0, math.nan, 1.0)])
-def test_a_value_that_is_not_finite_names_step_and_command(tmp_path, monkeypatch, values):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/a/checkpoints/0000003").mkdir(parents=True)
-    command = "--resume runs/a/checkpoints/0000003 --run a-2 --muon_lr 0.005$"
-    with pytest.raises(UserError, match=f"at step 7; stopped before .*{command}"):
-        checked(*values)
-
-
-@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["weights", "buffer", "moment"])
-def test_a_number_in_the_model_or_the_optimizer_that_is_not_finite_is_found(where, number):
-    with pytest.raises(UserError, match="norm of weights and optimizer state (nan|inf) at step 7"):
-        checked(1.5, 2.0, where=where, number=number)
-
-
-def test_the_command_names_a_run_that_does_not_exist(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/a-2").mkdir(parents=True)
-    with pytest.raises(UserError, match="start again with a lower .*: --run a-3 --muon_lr 0.005$"):
-        checked(math.nan, 1.0)
+    before = states(model, optimizers)
+    model.weight.grad = torch.full_like(model.weight, math.nan)
+    update(optimizers, torch.tensor(1.0))
+    assert states(model, optimizers) == before
 
 
 def test_state_norm_is_that_of_weights_and_moments():
@@ -223,35 +198,31 @@ def test_state_norm_is_that_of_weights_and_moments():
 
 
 @pytest.mark.parametrize("stage", MODULES)
-def test_scripts_check_for_finite_values_before_they_update(workdir, monkeypatch, stage):
-    module, changes = MODULES[stage], {"run": "a"}
+def test_a_number_that_is_not_finite_stops_a_script_with_the_weights_before_it(
+    workdir, monkeypatch, stage
+):
+    module, changes = MODULES[stage], {"log_every": 100, "eval_every": 0, "save_every": 0}
     if stage == "multimodal":
         train_stage(MODULES["vqvae"], run="v", images=8)
         changes["vqvae"] = "v"
-    events = []
+    norms, kept = [], []
 
-    def recorded(name: str, function):
-        def call(*args):
-            events.append(name)
-            if events.count("check") == 3:
-                raise UserError("not finite")
-            return function(*args)
+    def poisoned(model, *args):
+        norms.append(clipped_norm(model, *args))
+        if len(norms) == 3:
+            kept.append((model, deepcopy(model.state_dict())))
+            next(model.parameters()).grad.fill_(math.nan)
+            return torch.tensor(math.nan)
+        return norms[-1]
 
-        return call
-
-    monkeypatch.setattr(module, "check_finite", recorded("check", module.check_finite))
-    monkeypatch.setattr(module, "update", recorded("update", module.update))
-    if stage == "vqvae":
-        codebook = recorded("codebook", module.update_codebook)
-        monkeypatch.setattr(module, "update_codebook", codebook)
-    with pytest.raises(UserError, match="not finite"):
-        train_stage(module, **changes)
-    step = ["check", "update", "codebook"] if stage == "vqvae" else ["check", "update"]
-    assert events == [*step, *step, "check"]
-
-
-def test_finite_values_come_back_as_numbers():
-    assert checked(1.5, 2.0) == [1.5, 2.0]
+    monkeypatch.setattr(module, "clipped_norm", poisoned)
+    with pytest.raises(UserError, match=r"gradient norm nan, .* at step 3; stopped; start again"):
+        train_stage(module, run="a", **changes)
+    assert len(norms) > 3  # noticed at the end, and no step after the third changed anything
+    ((model, before),) = kept
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert not Path("runs/a/checkpoints").exists() or not checkpoints(Path("runs/a"))
 
 
 def test_a_hangup_that_is_ignored_stays_ignored():
@@ -312,13 +283,22 @@ class LoopConfig(RunConfig):
     lr: float = 0.5
 
 
-def run_loop(recording: Recording, stop_at: int | str | None = None, **changes) -> None:
-    """Train runs/a to step 10, or send a signal at step `stop_at` or in "evaluate STEP"."""
+def run_loop(
+    recording: Recording,
+    stop_at: int | str | None = None,
+    plant: Callable = lambda step, model, optimizers: 1.0,
+    **changes,
+) -> None:
+    """Train runs/a to step 10, or send a signal at step `stop_at` or in "evaluate STEP".
+
+    `plant` is called before each update and returns the gradient norm.
+    """
     run, (model, optimizers) = Path("runs/a"), tiny()
     cfg = LoopConfig(resume=run.exists(), **changes)
-    state = resume(cfg, run, model, optimizers, {"train": "0"})
-    first, clock = state["step"], Clock(torch.device("cpu"), state["train_seconds"])
-    metrics = Metrics(run, cfg, state, 10, clock=clock, unit="tokens", per_step=10, flops=1.0)
+    state = resume(cfg, run, model, optimizers, lambda step: {"train": "0"})
+    clock = Clock(torch.device("cpu"), state["train_seconds"])
+    units = {"unit": "tokens", "per_step": 10, "flops": 1.0}
+    metrics = Metrics(run, cfg, state, 10, started=0.0, clock=clock, **units)
 
     def evaluate(step: int) -> None:
         recording.events.append((f"evaluate {step}", recording.running))
@@ -327,18 +307,57 @@ def run_loop(recording: Recording, stop_at: int | str | None = None, **changes) 
         metrics.row(step=step, val_loss=1.0)
 
     with training_loop(cfg, metrics, model, optimizers, state, evaluate) as after_step:
-        for step in range(first + 1, 11):
+        for step, _ in after_step.batches(range(10)):
             assert recording.running
             loss = backward(model)
-            update(optimizers)
+            norm = torch.tensor(plant(step, model, optimizers))
+            update(optimizers, after_step.found_inf(loss, norm))
             if step == stop_at:
                 signal.raise_signal(signal.SIGINT)
-            after_step(step, loss=loss.item(), grad_norm=1.0, lr=0.5)
+            after_step(step, loss=loss.detach(), grad_norm=norm, lr=0.5)
+
+
+def planted(step: int, where: str, number: float) -> Callable:
+    """For `plant` of run_loop: at a step, a number in the gradient norm, weights or moments."""
+
+    def plant(now: int, model, optimizers) -> float:
+        places = {"weights": model.weight.data}
+        for state in optimizers[0].state.values():
+            places["moment"] = state["exp_avg_sq"]
+        if now == step and where in places:
+            places[where].flatten()[-1] = number
+        return number if now == step and where == "norm" else 1.0
+
+    return plant
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_names_step_and_command(recording, number):
+    command = "--resume runs/a/checkpoints/0000005 --run a-2 --lr 0.25$"
+    message = f"gradient norm {number}, .* at step 7; stopped; continue from .*{command}"
+    with pytest.raises(UserError, match=message):
+        run_loop(recording, plant=planted(7, "norm", number), log_every=100)
+    assert [row["step"] for row in read_metrics(Path("runs/a")) if "loss" in row] == [*range(1, 7)]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["weights", "moment"])
+def test_a_number_in_model_or_optimizer_that_is_not_finite_is_never_saved(recording, where, number):
+    with pytest.raises(UserError, match="loss nan|norm of weights and optimizer state (nan|inf)"):
+        run_loop(recording, plant=planted(10, where, number), log_every=100)
+    assert [path.name for path in checkpoints(Path("runs/a"))] == ["0000005"]
+
+
+def test_the_command_names_a_run_that_does_not_exist(recording):
+    Path("runs/a-2").mkdir(parents=True)
+    with pytest.raises(UserError, match="start again with a lower .*: --run a-3 --lr 0.25$"):
+        run_loop(recording, plant=planted(2, "norm", math.nan), log_every=100)
 
 
 def test_after_a_step_the_loop_logs_saves_and_evaluates_with_the_clock_stopped(recording):
     run_loop(recording, log_every=5)
-    names = ["log", "save_checkpoint", "evaluate 5", "log", "save_checkpoint", "evaluate 10"]
+    halves = [["log", "save_checkpoint", f"evaluate {step}"] for step in (5, 10)]
+    names = ["log", *halves[0], *halves[1]]  # the first step is logged too
     assert recording.events == [(name, False) for name in names]
 
 
@@ -346,14 +365,14 @@ def test_after_a_step_the_loop_logs_saves_and_evaluates_with_the_clock_stopped(r
 def test_after_a_signal_the_loop_logs_saves_and_stops_before_it_evaluates(recording, stop_at):
     with pytest.raises(SystemExit):
         run_loop(recording, stop_at, log_every=stop_at)
-    names = ["log", "save_checkpoint", "stop"]
+    names = ["log", "log", "save_checkpoint", "stop"]
     assert recording.events == [(name, False) for name in names]
 
 
 def test_after_a_signal_in_an_evaluation_the_loop_saves_and_stops(recording):
     with pytest.raises(SystemExit):
         run_loop(recording, "evaluate 5", log_every=5, save_every=0)
-    names = ["log", "evaluate 5", "save_checkpoint", "stop"]
+    names = ["log", "log", "evaluate 5", "save_checkpoint", "stop"]
     assert recording.events == [(name, False) for name in names]
     recording.events.clear()
     run_loop(recording, log_every=5)
@@ -396,6 +415,8 @@ def test_the_checkpoint_has_step_and_seconds(recording):
     assert state.keys() == {
         "step",
         "train_seconds",
+        "data_wait_seconds",
+        "seconds_to_first_step",
         "inputs",
         "recipe",
         "code",

@@ -1,7 +1,12 @@
+from string import ascii_lowercase
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import noisy
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from common.config import UserError
 from model import KVCache, Llama, ModelConfig
@@ -25,16 +30,11 @@ MODEL = ModelConfig(
 FROG_TOAD = ["frog", "toad"]
 
 
-class Letters:
+def letters() -> PreTrainedTokenizerFast:
     """A tokenizer with one token per letter: a is 1, b is 2, ...; 0 is end-of-text."""
-
-    eos_token_id, bos_token_id = 0, None
-
-    def __len__(self):
-        return 27
-
-    def __call__(self, texts, **_):
-        return {"input_ids": [[ord(letter) - 96 for letter in text] for text in texts]}
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *ascii_lowercase])}
+    tokenizer = Tokenizer(BPE(vocabulary, merges=[]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def model() -> Llama:
 
 @pytest.fixture(scope="module")
 def fmt() -> ImageTextFormat:
-    return ImageTextFormat(Letters(), CODES, MODEL)
+    return ImageTextFormat(letters(), CODES, MODEL)
 
 
 def random_sequences(fmt, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +66,27 @@ def test_sequence_is_caption_then_image_tokens_between_markers(fmt):
     frog, image = [6, 18, 15, 7], range(29, 45)
     assert tokens[0].tolist() == [0, *frog, 27, *image, 28, 0, 0, 0]
     assert starts.tolist() == [5]
+
+
+def test_sequences_have_the_lengths_of_their_own_prompts(fmt):
+    captions = ["a", "abcdef", "frog"]
+    tokens, starts = random_sequences(fmt, captions)
+    codes = torch.randint(16, (3, 16), generator=torch.Generator().manual_seed(1))
+    for caption, row, start, image in zip(captions, tokens, starts, codes, strict=True):
+        expected = [*fmt.prompt(caption), *(image + fmt.first_code), fmt.seg_end]
+        assert row.tolist() == expected + [0] * (26 - len(expected))
+        assert start == len(caption) + 1
+
+
+def test_sequences_need_an_image_per_prompt(fmt):
+    with pytest.raises(AssertionError, match=r"codes \(2, 16\) for 1 prompts of 16 codes"):
+        fmt.sequences([fmt.prompt("frog")], torch.zeros(2, 16, dtype=torch.long))
+
+
+def test_sequences_are_built_on_the_device_of_the_codes_without_waiting_for_it(fmt):
+    """Tensors on the meta device have no values, so reading one is an error."""
+    codes = torch.zeros(1, 16, dtype=torch.long, device="meta")
+    assert all(result.is_meta for result in fmt.sequences([fmt.prompt("frog")], codes))
 
 
 def test_unconditional_prompt_is_empty_and_as_long_as_the_prompt(fmt):
@@ -116,7 +137,7 @@ def test_target_positions_are_those_of_the_next_image_token(fmt):
 def test_format_refuses_parts_that_do_not_fit_together(codes, changes, message):
     with pytest.raises(UserError) as error:
         ImageTextFormat(
-            Letters(), VQVAEConfig(**vars(CODES) | codes), ModelConfig(**vars(MODEL) | changes)
+            letters(), VQVAEConfig(**vars(CODES) | codes), ModelConfig(**vars(MODEL) | changes)
         )
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -187,6 +208,14 @@ def test_plain_text_loss_is_the_cross_entropy_among_text_tokens(model, fmt):
     logits = F.linear(model.hidden(windows[:, :-1]), model.embed.weight[:28])  # (2, 20, 28)
     expected = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     torch.testing.assert_close(plain_text_loss(model, fmt, windows), expected)
+
+
+def test_losses_are_computed_without_waiting_for_the_device(fmt):
+    model, codes = Llama(MODEL).to("meta"), torch.zeros(1, 16, dtype=torch.long, device="meta")
+    tokens, starts = fmt.sequences([fmt.prompt("frog")], codes)
+    image, text = image_text_losses(model, fmt, tokens, starts, starts > 0)
+    (image + text + plain_text_loss(model, fmt, tokens)).backward()
+    assert model.embed.weight.grad.is_meta
 
 
 def test_losses_compile_as_one_graph(model, fmt):

@@ -1,8 +1,13 @@
+from functools import partial
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import Llama, ModelConfig
-from muon import Muon, build_optimizers, orthogonalize
+from muon import COEFFICIENTS, Muon, build_optimizers, orthogonalize
 
 SHAPES = {"wide": (24, 64), "tall": (64, 24), "square": (48, 48)}
 LEARNING_RATES = {
@@ -16,6 +21,24 @@ LEARNING_RATES = {
 
 def random_params(shapes, generator) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def set_random_grads(params, generator) -> None:
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def weights_after_steps(steps: int, found_inf=None) -> torch.Tensor:
+    """All weights after some steps: batches of one, three and two matrices."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [*SHAPES.values(), SHAPES["tall"], (8, 8), (16, 48), (48, 16)]
+    params = random_params([(8, 8), *shapes], generator)
+    optimizer = Muon(params, lr=0.1, weight_decay=0.5)
+    optimizer.found_inf = found_inf
+    for _ in range(steps):
+        set_random_grads(params, generator)
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in params])
 
 
 def reference_step(weight, momentum, grad, lr, wd, beta):
@@ -55,6 +78,41 @@ def test_orthogonalize_approximates_the_polar_factor():
     x = torch.randn(1, 24, 64, dtype=torch.float64, generator=generator)
     u, _, vt = torch.linalg.svd(x, full_matrices=False)
     torch.testing.assert_close(orthogonalize(x), u @ vt, atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (48, 48)], ids=["wide", "square"])
+def test_orthogonalize_applies_the_polynomials_of_polar_express(shape):
+    x = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    s = s / (s.norm(dim=1, keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in COEFFICIENTS:
+        s = a * s + b * s**3 + c * s**5
+    torch.testing.assert_close(orthogonalize(x), (u * s[:, None]) @ vt)
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (64, 96), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", [2, 3, 4, 9])
+def test_no_singular_value_exceeds_1_2_when_they_decay(shape, dtype, decay):
+    """Rounding errors of a Gram matrix exceed its smallest eigenvalues, as they do in training."""
+    R, C = shape
+    generator = torch.Generator().manual_seed(0)
+    u = torch.linalg.qr(torch.randn(8, R, R, generator=generator)).Q
+    v = torch.linalg.qr(torch.randn(8, C, R, generator=generator)).Q
+    x = u * torch.logspace(0, -decay, R) @ v.mT  # singular values 1 to 10^-decay
+    values = torch.linalg.svdvals(orthogonalize(x.to(dtype)).double())
+    assert values.max() < 1.2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.bfloat16, 0.78), (torch.float32, 0.56)], ids=["bf16", "fp32"]
+)
+def test_sharing_gram_matrices_saves_matrix_products(dtype, limit):
+    """Five polynomials of a 1:4 matrix, each from its own Gram matrix, cost 90 R^3."""
+    R = 16
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.ones(3, R, 4 * R, dtype=dtype))
+    assert counter.get_total_flops() < limit * 3 * 90 * R**3
 
 
 def test_orthogonalize_rejects_tall_matrices():
@@ -120,9 +178,125 @@ def test_saved_state_continues_bit_for_bit():
     assert torch.equal(run(None), run(2))
 
 
+@pytest.mark.parametrize("step", [0, 2], ids=["first step", "later step"])
+def test_found_inf_skips_weights_and_momentum(step):
+    generator = torch.Generator().manual_seed(0)
+    optimizer = Muon(random_params(SHAPES.values(), generator), lr=0.1, weight_decay=0.5)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for _ in range(step):
+        set_random_grads(params, generator)
+        optimizer.step()
+    weights = [p.detach().clone() for p in params]
+    momenta = [state["momentum"].clone() for state in optimizer.state.values()]
+    params[0].grad = torch.full_like(params[0], torch.nan)
+    params[1].grad = torch.full_like(params[1], torch.inf)
+    params[2].grad = torch.ones_like(params[2])
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(map(torch.equal, params, weights))
+    after = [state["momentum"] for state in optimizer.state.values()]
+    expected = momenta or [torch.zeros_like(momentum) for momentum in after]
+    assert all(map(torch.equal, after, expected))
+
+
+def test_found_inf_of_zero_changes_nothing():
+    assert torch.equal(weights_after_steps(3), weights_after_steps(3, found_inf=torch.zeros(())))
+
+
+def test_a_step_reads_no_value_from_the_device():
+    """Tensors on the meta device have no values: reading one raises."""
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES.values()]
+    optimizer = Muon(params, lr=0.1, weight_decay=0.1)
+    optimizer.found_inf = torch.zeros((), device="meta")
+    for p in params:
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+
+
+def test_a_compiled_update_never_recompiles(monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=counter))
+    generator = torch.Generator().manual_seed(0)
+    params = random_params(SHAPES.values(), generator)
+    optimizer = Muon(params, lr=0.1, weight_decay=0.1, compile=True)
+    set_random_grads(params, generator)
+    optimizer.step()
+    compiled = counter.frame_count
+    assert compiled
+    for step in range(3):
+        set_random_grads(params, generator)
+        optimizer.found_inf = torch.full((), float(step == 1))
+        for group in optimizer.param_groups:
+            group["lr"], group["momentum"] = 0.01 * step, 0.9 + 0.01 * step
+        optimizer.step()
+    assert counter.frame_count == compiled
+
+
 def test_muon_rejects_a_vector():
     with pytest.raises(AssertionError, match=r"\(8,\)"):
         Muon([torch.nn.Parameter(torch.ones(8))], lr=0.1)
+
+
+# ---- several ranks
+
+
+def run_rank(rank: int, n_ranks: int, folder) -> None:
+    store = dist.FileStore(str(folder / "store"), n_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks)
+    torch.save(weights_after_steps(3), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_make_the_steps_of_one(tmp_path):
+    """Some batches have an odd number of matrices or only one."""
+    torch.multiprocessing.start_processes(
+        run_rank, args=(2, tmp_path), nprocs=2, start_method="fork"
+    )
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert torch.equal(*ranks)
+    torch.testing.assert_close(ranks[0], weights_after_steps(3), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("n_ranks", "expected"), [(1, 5), (2, 3), (4, 2), (8, 1)])
+def test_each_rank_orthogonalizes_its_share(n_ranks, expected, monkeypatch):
+    sizes = []
+    pretend_ranks(monkeypatch, n_ranks, gather=lambda parts, part: None)
+    optimizer = Muon(random_params(5 * [(8, 16)], torch.Generator()), lr=0.1)
+    optimizer.orthogonalize = lambda matrices: sizes.append(len(matrices)) or matrices
+    set_random_grads(optimizer.param_groups[0]["params"], torch.Generator())
+    optimizer.step()
+    assert sizes == [expected]
+
+
+def pretend_ranks(monkeypatch, n_ranks: int, gather) -> None:
+    """Make torch.distributed look as on the first of several ranks."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: n_ranks)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "all_gather", gather)
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["first step", "later step"])
+def test_a_failed_collective_leaves_weights_and_momentum(step, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    params = random_params(SHAPES.values(), generator)
+    optimizer = Muon(params, lr=0.1, weight_decay=0.5)
+    for _ in range(step):
+        set_random_grads(params, generator)
+        optimizer.step()
+    weights = [p.detach().clone() for p in params]
+    momenta = [state["momentum"].clone() for state in optimizer.state.values()]
+
+    def fail_for_squares(parts, part):
+        if part.shape[1] == part.shape[2]:  # the last group
+            raise RuntimeError("connection closed by peer")
+
+    pretend_ranks(monkeypatch, 2, fail_for_squares)
+    set_random_grads(params, generator)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        optimizer.step()
+    assert all(map(torch.equal, params, weights))
+    assert all(map(torch.equal, momenta, [s["momentum"] for s in optimizer.state.values()]))
 
 
 # ---- optimizer groups

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from helpers import ROOT, sentences, write_jsonl
 
 from common.config import UserError
@@ -24,7 +23,6 @@ from data.text import (
     encode,
     eval_windows,
     prepare_tokens,
-    token_batches,
     training_records,
 )
 from data.tokenizer import load_tokenizer
@@ -158,6 +156,16 @@ def test_the_validation_choice_of_texts_is_that_of_the_raw_text(cfg, tokenizer):
     assert sorted(val) == sorted(
         f"{t}\n" for t in sentences(300) if source.content_hash(f"{t}\n") < cfg.val_fraction
     )
+
+
+def test_first_choices_are_those_of_a_dict(monkeypatch):
+    monkeypatch.setattr(text.FirstChoices, "N_RECENT", 7)
+    rng, expected, choices = np.random.default_rng(0), {}, text.FirstChoices()
+    for key, choice in zip(
+        (rng.integers(0, 60, 500) / 60).tolist(), rng.random(500) < 0.5, strict=True
+    ):
+        assert choices.setdefault(key, bool(choice)) is expected.setdefault(key, bool(choice))
+    assert len(choices.keys) > 40
 
 
 def test_the_train_split_of_a_source_is_prepared_and_the_others_are_named(cfg, tokenizer, capsys):
@@ -521,15 +529,6 @@ def test_a_limit_cuts_tokens_and_hash(cfg, tokenizer, small_shards):
     head = token_stream(folder)[:1234].astype("<u2")
     assert len(tokens) == 1234
     assert tokens.sha256 == hashlib.sha256(head.tobytes()).hexdigest()
-
-
-def test_batches_start_at_any_step(cfg, tokenizer, small_shards):
-    tokens = Tokens(prepare_tokens(cfg, "train", EVERYTHING, tokenizer))
-    options = {"batch": 4, "seq_len": 32, "n_windows": 20, "seed": 3, "device": torch.device("cpu")}
-    batches = list(token_batches(tokens, 0, 9, **options))
-    assert [tuple(batch.shape) for batch in batches] == [(4, 33)] * 9
-    resumed = list(token_batches(tokens, 4, 9, **options))
-    assert torch.equal(torch.stack(batches[4:]), torch.stack(resumed))
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_the_start_of_the_output_describes(run, name):
 
 # ---- data and model
 def test_without_a_gpu_a_long_run_names_the_demo(workdir, monkeypatch, capsys):
-    monkeypatch.setattr(train_llm, "matmul_flops", lambda device: 1e5)
+    monkeypatch.setattr("common.device.matmul_flops", lambda device, dtype: 1e5)
     train(run="a")
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "no GPU" in line)
     assert re.search(r"about \d+\.\d hours here; --config configs/llm_demo.yaml", line)
@@ -212,7 +212,7 @@ def test_warm_up_of_compiled_code_leaves_no_trace(workdir, monkeypatch, compile)
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compiled.append(f) or f)
     train(run="plain", compile="false")
     train(run="other", compile=compile)
-    assert len(compiled) == (2 if compile == "true" else 0)  # the model and Muon's update
+    assert len(compiled) == (3 if compile == "true" else 0)  # the model and Muon's two functions
     assert same("plain", "other")
     assert not any("_orig_mod" in name for name in weights("other"))
 
@@ -222,6 +222,7 @@ def test_warm_up_of_compiled_code_leaves_no_trace(workdir, monkeypatch, compile)
 def test_a_killed_run_resumes_bit_for_bit(workdir, monkeypatch):
     """Killed twice at random steps, over the end of an epoch and of several shards."""
     changes = {"tokens": 76_800, "allow_repeat": "true", "save_every": 0.01, "eval_every": 0.1}
+    changes["log_every"] = 1
     monkeypatch.setattr("data.text.BATCH_DOCUMENTS", 16)
     monkeypatch.setattr("data.text.SHARD_TOKENS", 2000)
     train(run="whole", **changes)
@@ -245,7 +246,7 @@ def test_a_killed_run_resumes_bit_for_bit(workdir, monkeypatch):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_names_the_command_to_resume(workdir, number, code):
-    settings = {"allow_repeat": "true", "save_every": 0, "eval_every": 0}
+    settings = {"allow_repeat": "true", "save_every": 0, "eval_every": 0, "log_every": 1}
     process = start(run="a", tokens=12_800_000, **settings)
     wait_for_step(process, "a", 5)
     process.send_signal(number)
@@ -268,19 +269,16 @@ def test_a_run_that_stopped_between_saving_and_evaluating_is_evaluated(workdir, 
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(workdir, monkeypatch):
-    forward, update = Llama.forward, train_llm.update
-    forwards, updates = [], []
+    forward, forwards = Llama.forward, []
 
     def poisoned(self, *args, **kwargs):
         forwards.append(torch.is_grad_enabled())
         return forward(self, *args, **kwargs) * (math.nan if sum(forwards) > 11 else 1)
 
     monkeypatch.setattr(Llama, "forward", poisoned)
-    monkeypatch.setattr(train_llm, "update", lambda *args: updates.append(update(*args)))
     message = "loss nan.* at step 12; .*continue from runs/a/checkpoints/0000010"
     with pytest.raises(UserError, match=message):
         train(run="a", micro_batch=4)
-    assert len(updates) == 11
     assert losses("a")[-1][0] == 11
 
 

@@ -81,6 +81,17 @@ def test_update_follows_the_formula():
     torch.testing.assert_close(quantizer.codes, sums / smoothed[:, None])
 
 
+def test_totals_count_the_vectors_of_each_code_even_of_codes_without_any():
+    indices = torch.tensor([3, 0, 3, 2])
+    counts, sums = Quantizer(5, 2).totals(torch.arange(8.0).view(4, 2), indices)
+    assert counts.tolist() == [1, 0, 1, 2, 0]
+    assert sums.tolist() == [[2, 3], [0, 0], [6, 7], [4, 6], [0, 0]]
+
+
+def test_number_of_used_codes_counts_each_code_once():
+    assert Quantizer(16, 8).n_used(torch.tensor([7, 0, 7, 15, 0])) == 3
+
+
 def quantizer_with_unused_codes() -> tuple[Quantizer, torch.Tensor, float, torch.Tensor]:
     """A quantizer after one update, its vectors, a count threshold, and the codes below it."""
     quantizer, z = Quantizer(16, 8), random_vectors()
@@ -103,6 +114,31 @@ def test_revive_matches_vector_quantize_pytorch():
     torch.testing.assert_close(ours.codes, book.embed[0])
     torch.testing.assert_close(ours.sums, book.embed_avg[0])
     torch.testing.assert_close(ours.counts, book.cluster_size[0])
+
+
+@pytest.mark.parametrize("n_dead", [0, 1, 7, 16])
+def test_revive_gives_the_dead_codes_in_order_as_many_draws_as_there_are(n_dead):
+    quantizer, z = Quantizer(16, 8), random_vectors()
+    dead = torch.randperm(16)[:n_dead].sort().values
+    quantizer.counts[dead] = 0.1
+    chosen = torch.randint(200, (n_dead,), generator=torch.Generator().manual_seed(7))
+    codes, sums = quantizer.codes.clone(), quantizer.sums.clone()
+    codes[dead], sums[dead] = z[chosen], z[chosen] * 0.3
+    assert quantizer.revive(z, 0.3, torch.Generator().manual_seed(7)) == n_dead
+    assert torch.equal(quantizer.codes, codes)
+    assert torch.equal(quantizer.sums, sums)
+    assert torch.equal(quantizer.counts, torch.ones(16).index_fill(0, dead, 0.3))
+
+
+def test_codebook_is_updated_without_waiting_for_the_device():
+    """Tensors on the meta device have no values, so reading one, or a shape that depends on one, is
+    an error.
+    """
+    quantizer, z = Quantizer(16, 8).to("meta"), torch.empty(200, 8, device="meta")
+    indices = quantizer(z)
+    quantizer.update(z, indices)
+    assert quantizer.n_used(indices).is_meta
+    assert quantizer.revive(z, 0.3, torch.Generator()).is_meta
 
 
 def test_revive_replaces_only_codes_below_the_threshold():

@@ -94,9 +94,9 @@ class Config:
     batch: int | Literal["auto"] = "auto"
     """Images to generate at a time. auto: 250 on a GPU, otherwise 32."""
     device: str = "auto"
-    """Device: cpu, cuda, ... auto: a GPU if there is one."""
+    """Device: cpu, cuda, mps, ... auto: the accelerator that PyTorch finds, otherwise the CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype. auto: bfloat16 on GPUs with native bfloat16, otherwise float32."""
+    """Compute dtype. auto: bfloat16 where the hardware computes it faster, otherwise float32."""
 
 
 def generate_all(cfg: Config, loaded: LoadedRun, captions: list[str]) -> Tensor:
