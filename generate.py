@@ -11,14 +11,19 @@ Without NAME the newest run is used.
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 from PIL.PngImagePlugin import PngInfo
 
 from common.config import UserError, check_positive, run_script
+from common.device import record_kernels
 from data.images import image_grid, to_uint8
+from model import eagerly
 from sampling import (
     LoadedRun,
     check_sampling,
@@ -71,6 +76,9 @@ class Config:
     """Device: cpu, cuda, mps, ... auto: the accelerator that PyTorch finds, otherwise the CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype. auto: bfloat16 where the hardware computes it faster, otherwise float32."""
+    cuda_graphs: bool = True
+    """On a CUDA GPU, record the kernels of a decoding step once and replay them for every token.
+    No effect on other devices."""
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -120,6 +128,11 @@ def image_path(cfg: Config, run: Path, prompt: str) -> Path:
     return path
 
 
+def recorder(cfg: Config) -> Callable:
+    """How decoding steps are repeated, see Llama.decode."""
+    return partial(record_kernels, device=torch.device(cfg.device)) if cfg.cuda_graphs else eagerly
+
+
 def save_images(cfg: Config, loaded: LoadedRun, prompt: str) -> Path:
     """Generate cfg.n images and write them; returns the file to look at. Raises UserError."""
     loaded.format.prompt(prompt)  # raises before anything is written
@@ -134,6 +147,7 @@ def save_images(cfg: Config, loaded: LoadedRun, prompt: str) -> Path:
             loaded.format,
             [prompt] * cfg.n,
             seeds,
+            record=recorder(cfg),
             progress=True,
             **settings,
         )
@@ -181,6 +195,7 @@ def main(cfg: Config) -> list[str] | Path:
         temperature=cfg.temperature,
         top_k=cfg.top_k,
         top_p=cfg.top_p,
+        record=recorder(cfg),
         out=sys.stdout if cfg.n == 1 else None,
     )
     print("" if cfg.n == 1 else "\n".join(numbered([prompt] * cfg.n, texts)))

@@ -209,7 +209,7 @@ class KVCache:
         return keys[:, :, : self.extent], values[:, :, : self.extent]  # (B, G, extent, D) each
 
 
-def run(step: Callable[[], None]) -> Callable[[], None]:
+def eagerly(step: Callable[[], None]) -> Callable[[], None]:
     """Run a decoding step and return a function that runs it again: the step itself."""
     step()
     return step
@@ -467,7 +467,7 @@ class Llama(nn.Module):
         uncond: Tensor | None = None,
         guidance: float = 1.0,
         positions: Sequence[Tensor] = (),
-        record: Callable = run,
+        record: Callable = eagerly,
     ) -> Iterator[Tensor]:
         """Yield the tokens (B,) that follow prompt (B, T), one position at a time.
 
@@ -506,7 +506,7 @@ class Llama(nn.Module):
         n: int,
         choose: Callable[[Tensor, Tensor], Tensor],
         positions: Sequence[Tensor] = (),
-        record: Callable = run,
+        record: Callable = eagerly,
     ) -> Iterator[Tensor]:
         """Yield the n tokens (B,) that follow prompt (B, T), one position at a time.
 

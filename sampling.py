@@ -19,7 +19,7 @@ from common.disk import file_sha256, write_text
 from common.run import find_run, load_checkpoint
 from data.source import digest
 from data.text import encode, end_of_text
-from model import Llama, ModelConfig
+from model import Llama, ModelConfig, eagerly
 from multimodal import ImageTextFormat
 from vqvae import VQVAE, VQVAEConfig
 
@@ -123,18 +123,20 @@ def generate_text(
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
+    record: Callable = eagerly,
     out=None,
 ) -> list[str]:
     """n continuations of a prompt, each ended by end-of-text or after max_tokens.
 
     Prompt and first continuation are streamed to the file `out`. Only complete characters are
-    written; bytes that do not form one are dropped. Raises UserError if the prompt is too long.
+    written; bytes that do not form one are dropped. For `record` see Llama.decode. Raises UserError
+    if the prompt is too long.
     """
     ids = prompt_ids(tokenizer, prompt, model.config.seq_len)
     if out:
         print(prompt, end="", flush=True, file=out)
     settings = {"max_tokens": max_tokens, "temperature": temperature}
-    settings |= {"top_k": top_k, "top_p": top_p}
+    settings |= {"top_k": top_k, "top_p": top_p, "record": record}
     seeds = [seed + i for i in range(n)]
     return continuations(model, tokenizer, [ids] * n, seeds, out=out, **settings)
 
@@ -206,6 +208,7 @@ def sample_image_tokens(
     temperature: float,
     top_k: int,
     top_p: float,
+    record: Callable = eagerly,
     on_token: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Image tokens (B, N), counted from 0, for B prompts of one length.
@@ -227,6 +230,7 @@ def sample_image_tokens(
         guidance=guidance,
         # of one sequence: they depend only on the length of the prompt
         positions=fmt.position_ids(torch.tensor([n - 1], device=device), n + N),
+        record=record,
     )
     codes = []
     for token in tokens:
@@ -248,11 +252,13 @@ def generate_images(
     top_p: float = 1.0,
     batch: int = 64,
     truncate: bool = False,
+    record: Callable = eagerly,
     progress: bool = False,
 ) -> Tensor:
     """An image for every caption, (B, 3, S, S) in [-1, 1].
 
-    Raises UserError for a caption that is too long, unless `truncate` is set.
+    For `record` see Llama.decode. Raises UserError for a caption that is too long, unless
+    `truncate` is set.
     """
     model = model.for_inference()
     prompts = [fmt.prompt(caption, truncate) for caption in captions]
@@ -273,6 +279,7 @@ def generate_images(
                 fmt,
                 [prompts[i] for i in group],
                 [seeds[i] for i in group],
+                record=record,
                 on_token=bar.update,
                 **settings,
             )

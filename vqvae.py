@@ -208,7 +208,7 @@ class Block(nn.Module):
 class VQVAE(nn.Module):
     """Encoder, quantizer and decoder.
 
-    Activations have dtype `compute_dtype`; weights and codes stay fp32.
+    Activations have dtype `compute_dtype`. In training, weights are fp32; codes always are.
     """
 
     def __init__(self, config: VQVAEConfig, compute_dtype: torch.dtype = torch.float32):

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -183,6 +184,29 @@ def has_compiler() -> bool:
         print("no C++ compiler found: training without torch.compile, which is slower", flush=True)
         return False
     return True
+
+
+def record_kernels(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Run a step and return a function that runs it again.
+
+    On a CUDA GPU it replays the step's kernels (a CUDA graph), which takes one launch instead of
+    one per kernel. The step must not wait for the device, and what it reads and writes must stay at
+    its address. On other devices it is the step itself.
+    """
+    if device.type != "cuda":
+        step()
+        return step
+    with torch.cuda.device(device):
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            step()  # loads libraries and allocates workspaces, which a capture must not do
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a thread that prepares batches may allocate memory meanwhile
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            step()
+    return graph.replay
 
 
 class Clock:

@@ -216,6 +216,20 @@ def test_stream_shows_each_token_before_the_next_is_generated():
     assert shown == expected
 
 
+def test_decoding_steps_are_recorded_for_the_device(monkeypatch):
+    recorded = []
+
+    def record(step, device):
+        recorded.append(device)
+        step()
+        return step
+
+    monkeypatch.setattr("generate.record_kernels", record)
+    text_of("a", "--prompt", "a fox", "--max_tokens", "5")
+    text_of("a", "--prompt", "a fox", "--max_tokens", "5", "--cuda_graphs", "false")
+    assert recorded == [torch.device("cpu")]
+
+
 # ---- samples at an evaluation
 def random_model(dtype: torch.dtype = torch.float32) -> Llama:
     """A model with every option of text models and the vocabulary of the run's tokenizer."""

@@ -2,7 +2,8 @@ import dataclasses
 import json
 import math
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -287,6 +288,7 @@ def run_loop(
     recording: Recording,
     stop_at: int | str | None = None,
     plant: Callable = lambda step, model, optimizers: 1.0,
+    batches: Iterable = range(10),
     **changes,
 ) -> None:
     """Train runs/a to step 10, or send a signal at step `stop_at` or in "evaluate STEP".
@@ -307,7 +309,7 @@ def run_loop(
         metrics.row(step=step, val_loss=1.0)
 
     with training_loop(cfg, metrics, model, optimizers, state, evaluate) as after_step:
-        for step, _ in after_step.batches(range(10)):
+        for step, _ in after_step.batches(batches):
             assert recording.running
             loss = backward(model)
             norm = torch.tensor(plant(step, model, optimizers))
@@ -401,6 +403,27 @@ def test_a_run_that_stopped_between_evaluations_is_not_evaluated_first(recording
     recording.events.clear()
     run_loop(recording, log_every=5)
     assert recording.events[0] == ("log", False)
+
+
+def failing(n: int) -> Iterator[int]:
+    """n batches, then an error of the data."""
+    yield from range(n)
+    raise UserError("the hub does not answer")
+
+
+def test_the_last_step_is_saved_if_there_is_no_further_batch(recording):
+    with pytest.raises(UserError, match="the hub does not answer"):
+        run_loop(recording, batches=failing(7), log_every=100)
+    assert [path.name for path in checkpoints(Path("runs/a"))] == ["0000005", "0000007"]
+    run_loop(recording)
+    assert [row["step"] for row in read_metrics(Path("runs/a")) if "loss" in row] == [*range(1, 11)]
+
+
+def test_waiting_for_data_is_counted(recording):
+    slow = (time.sleep(0.01) for _ in range(10))
+    run_loop(recording, batches=slow)
+    state = json.loads((checkpoints(Path("runs/a"))[-1] / "state.json").read_text())
+    assert state["data_wait_seconds"] >= 0.1
 
 
 def test_every_step_is_recorded_at_any_interval(recording):

@@ -133,8 +133,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype. auto: bfloat16 where the device computes it natively, otherwise float32."""
     compile: bool | Literal["auto"] = "auto"
-    """Whether to use torch.compile for training. auto: only on a CUDA GPU, because on a CPU it takes
-    longer than everything else."""
+    """Whether to use torch.compile for training. auto: only on a CUDA GPU, because on a CPU it
+    takes longer than everything else."""
 
 
 # ---- measuring
