@@ -25,11 +25,11 @@ PEAK_BF16 = {
     "A10G": 70e12,
 }
 
-# Training on a CPU, docs/LOG.md 2026-11-28. Speed without compilation as a fraction of the speed
-# of large matrix products, the time that compilation saves, and seconds to compile a layer.
+# Training on a CPU, docs/LOG.md 2026-11-28: speed without compilation as a fraction of that of large
+# matrix products, the fraction of the time that compilation saves, and seconds to compile a layer.
 CPU_EFFICIENCY = 0.6
-COMPILE_GAIN = 0.1
-COMPILE_SECONDS = 8.0
+COMPILE_GAIN = 0.2
+COMPILE_SECONDS = 6.0
 
 
 def resolve_device(cfg) -> torch.device:

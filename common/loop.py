@@ -6,6 +6,7 @@ import math
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -133,7 +134,9 @@ def warming_up(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator
     parts = [model, *optimizers]
     before = [deepcopy(part.state_dict()) for part in parts]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the compiler about itself
+            yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the compiler raises many exception types

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, script, sentences, write_jsonl
+from helpers import ROOT, losses, script, sentences, train, weights, write_jsonl
 
 from common.config import UserError
 from common.disk import locked
+from common.run import checkpoints
 from data import text, tokens
 from data.text import DataConfig, Tokens, prepare_splits, prepare_tokens
 from data.tokenizer import load_tokenizer
@@ -317,6 +319,26 @@ def test_a_run_whose_preparation_waits_for_another_starts_with_the_first_block(
     rest = list(batches)
     expected = stacked(prepared_before(cfg, tokenizer), 0, N_TOKENS // (8 * 32))
     assert torch.equal(torch.stack([first, *rest]), expected)
+
+
+# ---- training
+@pytest.mark.usefixtures("lazy")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_resumed_over_the_end_of_a_block_is_bit_identical(cfg, dtype):
+    """Of 10 blocks of 8 steps; the resumed run continues at step 44, while data are prepared."""
+    settings = {"tokens": 10_240, "dtype": dtype, "eval_every": 0.5, "save_every": 0.55}
+    train(run="whole", data__cache="before", **settings)
+    train(run="a", **settings)
+    Path("runs/a/summary.json").unlink()
+    shutil.rmtree(checkpoints(Path("runs/a"))[-1])
+    shutil.rmtree("cache/tokens")
+    train(run="a", resume="true", **settings)
+    assert losses("a") == losses("whole")
+    for name, weight in weights("whole").items():
+        assert torch.equal(weights("a")[name], weight), name
+    summaries = (json.loads(Path(f"runs/{run}/summary.json").read_text()) for run in ("a", "whole"))
+    first, second = (summary["train_sha256"] for summary in summaries)
+    assert first == second
 
 
 # ---- one pass over the source

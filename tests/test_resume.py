@@ -144,6 +144,15 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_by_its_commit(halfway):
         resumed()
 
 
+def test_a_checkpoint_without_the_time_spent_on_data_is_of_an_earlier_version(halfway):
+    old = {key: value for key, value in state().items() if key != "data_wait_seconds"}
+    hashes = old.pop("sha256") | {"state.json": sha256_of(old)}
+    path = checkpoints(RUN)[-1] / "state.json"
+    path.write_text(json.dumps(old | {"sha256": hashes}))
+    with pytest.raises(UserError, match="saved by an earlier version of this code .*commit"):
+        resumed()
+
+
 def test_two_checkpoints_whose_folders_were_exchanged_are_refused(workdir):
     train(run="a")
     unfinish(keep=2)
