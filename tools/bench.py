@@ -41,6 +41,7 @@ from common.device import Clock, device_name, peak_flops, peak_memory_gb, resolv
 from common.disk import write_text
 from common.loop import clipped_norm, update
 from common.run import git_state
+from data.order import read_ahead
 from data.text import BATCH_DOCUMENTS, DataConfig, Tokens, encode, prepare_splits, training_records
 from data.tokenizer import train_bpe
 from model import Llama, ModelConfig
@@ -91,7 +92,7 @@ SMALL = replace(
     copied=2**27,
     text_tokens=128,
     image_tokens=144,
-    prepared_tokens=2**19,
+    prepared_tokens=2**21,
 )
 TINY = Shape(
     text=ModelConfig(
@@ -514,8 +515,12 @@ def data(bench: Bench) -> None:
     """Preparation of text against the bare tokenizer, and reading of batches."""
     wanted = bench.shape.prepared_tokens
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        cfg = DataConfig(source="stdlib", val_tokens=wanted // 20, cache=f"{folder}/first")
-        texts = first_texts(cfg, 3 * wanted)
+        texts = first_texts(DataConfig(source="stdlib"), 4 * wanted)
+        source = Path(folder, "texts.jsonl")  # finding the files of stdlib takes time of its own
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        # texts held out from stdlib would be held out here again
+        settings = {"val_fraction": 0.2, "val_tokens": wanted // 20, "cache": f"{folder}/first"}
+        cfg = DataConfig(source=str(source), **settings)
         tokenizer = train_bpe("bpe-1024", texts)
         train, n_prepared = prepare(cfg, wanted, tokenizer)
         caches = (f"{folder}/{i}" for i in itertools.count())
@@ -553,7 +558,9 @@ def first_texts(cfg: DataConfig, characters: int) -> list[str]:
 
 def prepare(cfg: DataConfig, tokens: int, tokenizer) -> tuple[Tokens, int]:
     """Training tokens in a new cache, and the number of all tokens prepared there."""
-    folders = prepare_splits(cfg, {"train": tokens, "val": cfg.val_tokens}, tokenizer)
+    wanted = {"train": tokens, "val": cfg.val_tokens}
+    # as the process does that prepares data beside training
+    folders = prepare_splits(cfg, wanted, tokenizer, tokens, read=read_ahead)
     splits = {split: Tokens(folder) for split, folder in folders.items()}
     return splits["train"], sum(map(len, splits.values()))
 
