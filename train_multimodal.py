@@ -531,9 +531,9 @@ def main(cfg: Config) -> dict:
 
     # ---- resume
     vqvae_sha256 = file_sha256(vqvae_checkpoint / "model.safetensors")
-    inputs = {"train": train.id, "val": val.id, "vqvae": vqvae_sha256}
-    inputs |= {"tokenizer": digest(tokenizer.backend_tokenizer.to_str())}
-    inputs |= {"text": text.sha256} if text else {}
+    tokenizer_sha256 = digest(tokenizer.backend_tokenizer.to_str())
+    inputs = {"train": train.id, "val": val.id, "tokenizer": tokenizer_sha256}
+    inputs |= {"vqvae": vqvae_sha256, **({"text": text.sha256} if text else {})}
     state = resume(cfg, run, model, optimizers, lambda step: inputs)
     first, clock = state["step"], Clock(device, state["train_seconds"])
     data = describe_data(images, steps * n_images, val_images, len(val_set[0]))

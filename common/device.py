@@ -6,6 +6,7 @@ import platform
 import re
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ PEAK_BF16 = {
     "A10G": 70e12,
 }
 
-# Training on a CPU, docs/LOG.md 2026-11-28: speed without compilation as a fraction of that of large
-# matrix products, the fraction of the time that compilation saves, and seconds to compile a layer.
+# Training on a CPU, docs/LOG.md 2026-11-28: speed without compilation as a fraction of that of
+# large matrix products, the fraction of the time that compilation saves, and seconds to compile a
+# layer.
 CPU_EFFICIENCY = 0.6
 COMPILE_GAIN = 0.2
 COMPILE_SECONDS = 6.0
@@ -142,6 +144,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=device.type == "cuda")
 
 
+@cache
 def matmul_flops(device: torch.device, dtype: str) -> float:
     """Speed of matrix products on the device in FLOP/s, the best of a few."""
     x = torch.randn(1024, 1024, device=device, dtype=getattr(torch, dtype))

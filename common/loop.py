@@ -415,7 +415,6 @@ def lost_ranks_reported(after_step: AfterStep) -> Iterator[None]:
 def no_garbage_collection() -> Iterator[None]:
     """Python's garbage collector would stop the host for milliseconds at arbitrary steps."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.freeze()  # what exists now is not searched at evaluations either
     gc.disable()
     try:
