@@ -80,8 +80,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """
     if device.type == "cpu":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.12 and later
-        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-        return native and matmul_flops(device, "bfloat16") > matmul_flops(device, "float32")
+        if not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16")):
+            return False
+        # one thread, because several wait for each other if the machine is busy
+        speeds = [matmul_flops(device, dtype, n_threads=1) for dtype in ("bfloat16", "float32")]
+        return speeds[0] > speeds[1]
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
     module = torch.get_device_module(device)  # CUDA, ROCm (also named cuda) and XPU
@@ -145,17 +148,22 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 @cache
-def matmul_flops(device: torch.device, dtype: str) -> float:
-    """Speed of matrix products on the device in FLOP/s, the best of a few."""
-    x = torch.randn(1024, 1024, device=device, dtype=getattr(torch, dtype))
+def matmul_flops(device: torch.device, dtype: str, n_threads: int | None = None) -> float:
+    """Speed of matrix products on the device in FLOP/s: the best of many short ones, because other
+    work on the machine interrupts some of them. On a CPU n_threads limits the threads.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads or before)
+    x = torch.randn(512, 512, device=device, dtype=getattr(torch, dtype))
     seconds = []
-    for _ in range(4):
+    for _ in range(40):
         clock = Clock(device)
         clock.start()
         x @ x
         clock.stop()
         seconds.append(clock.seconds)
-    return 2 * 1024**3 / min(seconds)
+    torch.set_num_threads(before)
+    return 2 * 512**3 / min(seconds)
 
 
 def resolve_compile(cfg, device: torch.device, flops: float, n_layers: int) -> None:

@@ -1,0 +1,114 @@
+"""Choosing device, dtype and compilation."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._inductor.exc import InvalidCxxCompiler
+
+from common import device as module
+from common.config import UserError
+from common.device import has_fast_bfloat16, matmul_flops, resolve_compile, resolve_device
+
+CPU = torch.device("cpu")
+DAY = 1e16  # FLOPs that take more than a day on a laptop
+
+
+def speeds(monkeypatch, bfloat16: float, float32: float) -> None:
+    measured = {"bfloat16": bfloat16, "float32": float32}
+    monkeypatch.setattr(module, "matmul_flops", lambda device, dtype, n_threads=0: measured[dtype])
+
+
+def capabilities(monkeypatch, **found: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+
+
+# ---- device
+def test_auto_takes_the_accelerator_that_torch_finds(monkeypatch):
+    found = torch.device("meta")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setattr(module, "select_device", lambda device: None)
+    cfg = SimpleNamespace(device="auto", dtype="float32")
+    assert (resolve_device(cfg).type, cfg.device) == ("meta", "meta")
+
+
+def test_auto_takes_the_cpu_without_an_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    cfg = SimpleNamespace(device="auto", dtype="float32")
+    assert (resolve_device(cfg), cfg.device) == (CPU, "cpu")
+
+
+def test_each_process_gets_a_device_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    module.select_device(torch.device("cuda"))
+    assert chosen == [3]
+
+
+def test_more_processes_than_devices_are_an_error(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="4 processes .* 2 cuda devices; pass --nproc_per_node=2"):
+        module.select_device(torch.device("cuda"))
+
+
+# ---- dtype
+@pytest.mark.parametrize(
+    "name, fast, expected",
+    [
+        ("avx512_bf16", True, True),
+        ("amx_bf16", True, True),
+        ("avx512_bf16", False, False),  # Intel without AMX
+        ("avx2", True, False),  # emulated
+    ],
+)
+def test_a_cpu_computes_in_bf16_if_that_is_native_and_faster(monkeypatch, name, fast, expected):
+    capabilities(monkeypatch, **{name: True})
+    speeds(monkeypatch, bfloat16=2e11 if fast else 5e10, float32=1e11)
+    assert has_fast_bfloat16(CPU) == expected
+
+
+@pytest.mark.parametrize("fast, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_auto_dtype_is_the_faster_one(monkeypatch, fast, dtype):
+    monkeypatch.setattr(module, "has_fast_bfloat16", lambda device: fast)
+    cfg = SimpleNamespace(device="cpu", dtype="auto")
+    resolve_device(cfg)
+    assert cfg.dtype == dtype
+
+
+def test_measuring_a_matrix_product_leaves_the_number_of_threads():
+    before = torch.get_num_threads()
+    assert matmul_flops(CPU, "float32", n_threads=before + 1) > 0
+    assert torch.get_num_threads() == before
+
+
+# ---- compilation
+@pytest.mark.parametrize("flops, n_layers, expected", [(DAY, 6, True), (1e12, 6, False)])
+def test_a_cpu_compiles_if_training_is_long_enough(monkeypatch, flops, n_layers, expected):
+    speeds(monkeypatch, bfloat16=1e11, float32=1e11)
+    cfg = SimpleNamespace(compile="auto", dtype="float32")
+    resolve_compile(cfg, CPU, flops, n_layers)
+    assert cfg.compile == expected
+
+
+def test_without_a_compiler_a_line_says_so_and_training_is_not_compiled(monkeypatch, capsys):
+    def missing():
+        raise InvalidCxxCompiler
+
+    speeds(monkeypatch, bfloat16=1e11, float32=1e11)
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    cfg = SimpleNamespace(compile="auto", dtype="float32")
+    resolve_compile(cfg, CPU, DAY, 6)
+    assert cfg.compile is False
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "no C++ compiler found: training without torch.compile, which is slower"
+
+
+@pytest.mark.parametrize("choice", [True, False])
+def test_a_choice_is_kept(choice):
+    cfg = SimpleNamespace(compile=choice, dtype="float32")
+    resolve_compile(cfg, CPU, DAY, 6)
+    assert cfg.compile is choice
