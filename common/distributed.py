@@ -43,11 +43,11 @@ def join_ranks(cfg) -> torch.device:
 
 
 def check_divisible(cfg, setting: str, amount: int) -> None:
-    """Raises UserError unless the `amount` per step that a setting asks for divides among ranks."""
+    """Raises UserError unless the items per step that a setting asks for divide among the ranks."""
     if amount % n_ranks():
         raise UserError(
-            f"--{setting} {getattr(cfg, setting)} makes {amount} per step, which does not divide "
-            f"among {n_ranks()} processes; change it or --nproc_per_node"
+            f"--{setting} {getattr(cfg, setting)} makes {amount} items per step, which "
+            f"{n_ranks()} processes cannot share equally; set --nproc_per_node to a divisor"
         )
 
 

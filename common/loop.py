@@ -131,6 +131,7 @@ def warming_up(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator
 
     Raises UserError if compilation fails.
     """
+    print("compiling, which can take a few minutes", flush=True)
     parts = [model, *optimizers]
     before = [deepcopy(part.state_dict()) for part in parts]
     try:
@@ -405,10 +406,9 @@ def lost_ranks_reported(after_step: AfterStep) -> Iterator[None]:
         remedy = "start again"
         if after_step.called:
             after_step.save_if_needed()
-            remedy = f"saved; resume with --run {after_step.cfg.run} --resume"
-        raise UserError(
-            f"another process of this run ended after step {after_step.step}; {remedy}"
-        ) from error
+            resume = f"resume with --run {after_step.cfg.run} --resume"
+            remedy = f"step {after_step.step} is saved, {resume}"
+        raise UserError(f"another process of this run died; {remedy}") from error
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def test_a_process_that_dies_ends_the_run_with_one_line_and_loses_nothing(tmp_pa
     other.wait()
     assert other.code == 2
     assert len(other.errors.splitlines()) == 1, other.errors
-    assert "another process of this run ended after step" in other.errors
+    assert "another process of this run died; step " in other.errors
     assert "resume with --run a --resume" in other.errors
     victim.process.join()
     train(folder, "llm", 2, **settings)
@@ -99,8 +99,8 @@ def test_a_batch_that_does_not_divide_is_one_line(tmp_path):
     first.wait()
     assert first.code == 2
     assert first.errors == (
-        "error: --batch_tokens 96 makes 3 per step, which does not divide among 2 processes; "
-        "change it or --nproc_per_node\n"
+        "error: --batch_tokens 96 makes 3 items per step, which 2 processes cannot share equally; "
+        "set --nproc_per_node to a divisor\n"
     )
     second.process.kill()  # as torchrun does
 

@@ -117,7 +117,7 @@ class Config:
     """What to measure, and how."""
 
     only: str = ""
-    """Groups to measure, separated by commas: training, generation, vqvae, data, transformers.
+    """Groups to measure, separated by commas: training, transformers, generation, vqvae, data.
     Empty: all of them. The ceilings of the device are always measured."""
     out: str = "bench.json"
     """JSON file to write the results to."""
@@ -132,7 +132,7 @@ class Config:
     device: str = "auto"
     """Device: cpu, cuda, mps, ... auto: the accelerator that PyTorch finds, otherwise the CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype. auto: bfloat16 where the device computes it natively, otherwise float32."""
+    """Compute dtype. auto: bfloat16 where the hardware computes it faster, otherwise float32."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to use torch.compile for training. auto: only on a CUDA GPU, because on a CPU it
     takes longer than everything else."""
@@ -649,6 +649,8 @@ def check_out(path: Path) -> None:
     """Raises UserError unless the results can be written to the path, before anything runs."""
     if path.suffix != ".json" or (path.exists() and not path.is_file()):
         raise UserError(f"--out {path} is not the name of a .json file; pass one, like bench.json")
+    if path.exists() and '"machine"' not in path.read_text(errors="replace"):
+        raise UserError(f"--out {path} exists and is not a result of this tool; pass another name")
     if not path.parent.is_dir():
         raise UserError(f"--out {path} is in a folder that does not exist; create it first")
 

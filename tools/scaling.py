@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import train_llm
-from common.config import UserError, first_line, run_script, stop
+from common.config import UserError, run_script, stop
 from common.device import PEAK_BF16
 from common.disk import write_text
 from model import Llama
@@ -273,10 +273,9 @@ def load(path: str) -> dict:
         bench = json.loads(Path(path).read_text(encoding="utf-8"))
         sections([bench])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
-            f"{path} is not a result of tools.bench ({reason}); run python -m tools.bench --out "
-            f"{path}"
+            f"{path} is not a result of tools.bench; pass a file that python -m tools.bench --out "
+            "NAME.json wrote"
         ) from error
     return bench
 
@@ -303,12 +302,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.error = lambda message: stop(message, 2)
     parser.add_argument("files", nargs="+", help="results of tools.bench")
-    parser.add_argument("--write", metavar="PAGE", help="page whose tables are rewritten")
+    parser.add_argument("--write", metavar="PAGE", help="rewrite the tables of this page")
     parser.add_argument(
         "--price", nargs="+", default=[], metavar="NAME=USD", help="price of a card per hour"
     )
     parser.add_argument(
-        "--mfu", nargs=2, type=float, default=MFU, metavar=("LOW", "HIGH"), help="assumed MFU"
+        "--mfu",
+        nargs=2,
+        type=float,
+        default=MFU,
+        metavar=("LOW", "HIGH"),
+        help="between 0 and 1",
     )
     options = parser.parse_args(argv)
     low, high = options.mfu
