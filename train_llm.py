@@ -31,10 +31,10 @@ from common.config import (
 from common.device import (
     Clock,
     fitting_sequences,
-    resolve_compile,
     training_seconds,
 )
 from common.distributed import (
+    agree_on_compile,
     check_divisible,
     join_ranks,
     n_ranks,
@@ -290,7 +290,7 @@ def main(cfg: Config) -> dict:
         model.token_subwords[: len(tokenizer)] = table
     model.to(device)
     flops = cfg.batch_tokens * model.flops_per_token()  # of a step
-    resolve_compile(cfg, device, steps * flops, cfg.model.n_layers)
+    agree_on_compile(cfg, device, steps * flops, cfg.model.n_layers)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
 
     # ---- optimizers

@@ -37,11 +37,11 @@ from common.device import (
     Clock,
     fitting_sequences,
     pinned,
-    resolve_compile,
     to_device,
 )
 from common.disk import file_sha256
 from common.distributed import (
+    agree_on_compile,
     average,
     check_divisible,
     join_ranks,
@@ -514,7 +514,7 @@ def main(cfg: Config) -> dict:
         load_language_model(model, cfg.init_from, tokenizer)
     model.to(device)
     flops = batch * flops_per_sequence(model, vqvae.config.codebook_size)  # of a step
-    resolve_compile(cfg, device, steps * flops, cfg.model.n_layers)
+    agree_on_compile(cfg, device, steps * flops, cfg.model.n_layers)
     losses = make_losses(cfg, model, fmt)
 
     # ---- optimizers

@@ -24,8 +24,16 @@ from common.config import (
     check_positive,
     run_script,
 )
-from common.device import Clock, pinned, resolve_compile
-from common.distributed import check_divisible, gather, join_ranks, n_ranks, rank, share
+from common.device import Clock, pinned
+from common.distributed import (
+    agree_on_compile,
+    check_divisible,
+    gather,
+    join_ranks,
+    n_ranks,
+    rank,
+    share,
+)
 from common.loop import (
     average_gradients,
     clipped_norm,
@@ -255,7 +263,7 @@ def main(cfg: Config) -> dict:
         torch.manual_seed(cfg.seed)
         model = VQVAE(shape, compute_dtype=getattr(torch, cfg.dtype)).to(device)
     flops = 6 * codes_per_step * sum(p.numel() for p in model.parameters() if p.ndim == 4)
-    resolve_compile(cfg, device, steps * flops, 2 * shape.n_blocks)
+    agree_on_compile(cfg, device, steps * flops, 2 * shape.n_blocks)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
 
     # ---- optimizers

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.config import UserError
-from common.device import resolve_device
+from common.device import resolve_compile, resolve_device
 
 
 def rank() -> int:
@@ -40,6 +40,12 @@ def join_ranks(cfg) -> torch.device:
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     return device
+
+
+def agree_on_compile(cfg, device: torch.device, flops: float, n_layers: int) -> None:
+    """resolve_compile, with the same result on all ranks: the warm-up exchanges updates too."""
+    resolve_compile(cfg, device, flops, n_layers)
+    cfg.compile = same_on_all(cfg.compile)
 
 
 def check_divisible(cfg, setting: str, amount: int) -> None:
