@@ -58,8 +58,13 @@ def check_divisible(cfg, setting: str, amount: int) -> None:
 
 
 def share(items):
-    """This rank's consecutive part of a list or tensor."""
+    """This rank's consecutive part of a list or tensor. Raises UserError if there are too few."""
     n = len(items)
+    if n < n_ranks():
+        raise UserError(
+            f"{n} items cannot be divided among {n_ranks()} processes; lower --nproc_per_node, or "
+            "evaluate on more data"
+        )
     return items[rank() * n // n_ranks() : (rank() + 1) * n // n_ranks()]
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -37,7 +38,7 @@ from common.distributed import (
     same_on_all,
 )
 from common.metrics import Metrics, check_wandb, evaluations
-from common.run import checkpoints, open_run, origin, save_checkpoint, writing
+from common.run import checkpoints, is_locked, open_run, origin, save_checkpoint, writing
 
 
 # ---- schedules
@@ -393,20 +394,25 @@ def training_loop(
 
 @contextmanager
 def lost_ranks_reported(after_step: AfterStep) -> Iterator[None]:
-    """Save the last complete step if another rank ends; raises UserError.
+    """If another rank dies, save the last complete step and raise UserError.
 
-    A step exchanges everything before it changes the weights, so they are those of that step.
+    A step exchanges everything before it changes the weights, so they are those of that step. If
+    rank 0, which saves, is the one that died, rank 1 reports it. The others exit without a line.
     """
     try:
         yield
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
+        resume = f"resume with --run {after_step.cfg.run} --resume"
+        if rank():
+            if rank() == 1 and not is_locked(after_step.run):  # the lock of rank 0 died with it
+                print(f"error: the process that saves this run died; {resume}", file=sys.stderr)
+            sys.exit(2)
         after_step.metrics.clock.stop()
         remedy = "start again"
         if after_step.called:
             after_step.save_if_needed()
-            resume = f"resume with --run {after_step.cfg.run} --resume"
             remedy = f"step {after_step.step} is saved, {resume}"
         raise UserError(f"another process of this run died; {remedy}") from error
 

@@ -130,6 +130,15 @@ def lock_run(folder: Path) -> FileLock:
     return lock
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process that is alive has the lock of a run folder."""
+    try:
+        lock_run(folder).release()
+    except UserError:
+        return True
+    return False
+
+
 def open_run(cfg, run: Path, assets: Callable[[Path], None]) -> FileLock:
     """Lock the run. If it is new, first create its folder with its config and what `assets` writes.
 

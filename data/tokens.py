@@ -193,15 +193,6 @@ class TrainingTokens(Tokens):
             time.sleep(POLL_SECONDS)
             self.refresh()
 
-    def wait(self, n: int) -> None:
-        """Wait until there are n tokens. Raises UserError if the source has fewer."""
-        self.wait_for(n)
-        if len(self) < n:
-            raise UserError(
-                f"the training split has only {len(self)} tokens, but {n} are needed; restore the "
-                "data as it was, or add data"
-            )
-
     @property
     def sha256(self) -> str:
         """Hash of all tokens up to the limit as little-endian uint16; waits for them."""

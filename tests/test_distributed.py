@@ -13,6 +13,8 @@ import pytest
 from faults import Attempt, outcome, workspace
 from helpers import MODULES, ROOT, STAGES, flags_of, losses, sentences, write_jsonl
 
+from common.config import UserError
+from common.distributed import share
 from common.metrics import evaluations
 from common.run import checkpoints
 
@@ -80,13 +82,17 @@ def test_a_process_that_dies_ends_the_run_with_one_line_and_loses_nothing(tmp_pa
     settings = {"log_every": 5, "eval_every": 0, "save_every": 0.2}
     attempts = start(folder, "llm", 2, **settings)
     victim, other = attempts[rank], attempts[1 - rank]
-    attempts[0].until("save")
+    attempts[0].until("save").until("log")  # step 10 is saved, step 15 is done
     victim.send(signal.SIGKILL)
     other.wait()
     assert other.code == 2
     assert len(other.errors.splitlines()) == 1, other.errors
-    assert "another process of this run died; step " in other.errors
-    assert "resume with --run a --resume" in other.errors
+    saved = int(checkpoints(folder / "runs/a")[-1].name)
+    message = f"another process of this run died; step {saved} is saved, resume"
+    if rank == 0:
+        message = "the process that saves this run died; resume"
+    assert f"error: {message} with --run a --resume" in other.errors
+    assert rank == 0 or saved >= 15
     victim.process.join()
     train(folder, "llm", 2, **settings)
     whole = workspace(tmp_path / "whole", "llm")
@@ -115,6 +121,12 @@ def torchrun(folder: Path, **changes) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes
     )
+
+
+def test_fewer_items_than_processes_are_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="3 items cannot be divided among 4 processes; lower"):
+        share([1, 2, 3])
 
 
 @pytest.mark.slow

