@@ -168,6 +168,9 @@ class KVCache:
     The buffers keep their shapes and addresses, and the position is a tensor, so the kernels of a
     decoding step can be recorded and run again for later positions. `extent` is the exception: a
     recording is valid until the positions exceed it.
+
+    Sequences of different lengths are padded on the left, with n_padding (B,) positions each, which
+    change nothing: their hidden states are 0, and other positions do not attend to them.
     """
 
     def __init__(
@@ -177,6 +180,7 @@ class KVCache:
         max_len: int,
         device: torch.device,
         dtype: torch.dtype,
+        n_padding: Tensor | None = None,
     ):
         S = -(-max_len // KEY_BLOCK) * KEY_BLOCK
         shape = (batch, config.n_kv_heads, S, config.d_head)  # (B, G, S, D) for each layer
@@ -187,6 +191,7 @@ class KVCache:
         self.recent: dict[Canon, Tensor] = {}  # last inputs of each Canon layer, (B, canon, C)
         self.position = torch.zeros(1, dtype=torch.long, device=device)  # `length` on the device
         self.length = 0
+        self.n_padding = n_padding
         self.heads_per_group = config.n_heads // config.n_kv_heads
 
     def advance(self, T: int) -> Tensor:
@@ -196,9 +201,14 @@ class KVCache:
         self.position += T
         self.length += T
         self.extent = -(-self.length // KEY_BLOCK) * KEY_BLOCK
-        future = torch.arange(self.extent, device=device) > self.index[:, None]  # (T, extent)
-        mask = torch.zeros_like(future, dtype=dtype).masked_fill(future, -math.inf)
-        self.mask = mask.repeat(self.heads_per_group, 1)  # (H/G * T, extent)
+        keys, queries = torch.arange(self.extent, device=device), self.index[:, None]  # (T, 1)
+        hidden = (keys > queries)[None]  # (1, T, extent)
+        if self.n_padding is not None:
+            padding = (keys < self.n_padding[:, None])[:, None]  # (B, 1, extent)
+            # padding attends to itself, because attention to nothing is not a number
+            hidden = hidden | (padding & (keys != queries))  # (B, T, extent)
+        mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -math.inf)
+        self.mask = mask.repeat(1, self.heads_per_group, 1)[:, None]  # (1 or B, 1, H/G * T, extent)
         return self.index
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -406,8 +416,12 @@ class Llama(nn.Module):
         )
         x = self.embed_tokens(tokens)  # (B, T, C)
         index = slice(T) if cache is None else cache.advance(T)
+        if cache is not None and cache.n_padding is not None:
+            index = index - cache.n_padding[:, None]  # (B, T), negative for padding
+            x = x * (index >= 0)[..., None]
+            index = index.clamp(min=0)
         if position_ids is None:
-            cos, sin = self.cos[index], self.sin[index]  # (T, D/2) each
+            cos, sin = self.cos[index], self.sin[index]  # ([B,] T, D/2) each
         else:
             # (B, T, D/2) each
             cos, sin = rotary_2d(self.cos, position_ids), rotary_2d(self.sin, position_ids)

@@ -91,12 +91,12 @@ def files_sha256(folder: Path) -> str:
 def read_tokenizer(name: str, folder: Path, remedy: str):
     """The tokenizer in a folder; code in the folder is never run. Raises UserError."""
     try:
-        path = folder / "tokenizer_config.json"
-        has_code = path.exists() and "auto_map" in json.loads(path.read_text(encoding="utf-8"))
+        has_code = names_code(folder / "tokenizer_config.json")
+        options = {"local_files_only": True, "trust_remote_code": False}
+        if names_code(folder / "config.json"):  # of a model, whose class only that code defines
+            options["config"] = transformers.PretrainedConfig()
         if not has_code:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
     except Exception as error:  # the parsers raise many exception types
         is_there = (folder / "tokenizer.json").exists()
         reason = first_line(error) if is_there else "it has no tokenizer.json"
@@ -110,6 +110,11 @@ def read_tokenizer(name: str, folder: Path, remedy: str):
         )
     check_tokenizer(name, tokenizer)
     return tokenizer
+
+
+def names_code(path: Path) -> bool:
+    """Whether a settings file of transformers, if it exists, refers to code beside it."""
+    return path.exists() and "auto_map" in json.loads(path.read_text(encoding="utf-8"))
 
 
 def check_tokenizer(name: str, tokenizer) -> None:
