@@ -1,18 +1,37 @@
-.PHONY: setup demo demo-images test test-faults lint check
+.PHONY: setup extra demo demo-images figures eval test test-faults test-extra test-browser lint check
 
 PYTHON ?= python3
 PY := .venv/bin/python
 # Set-up runs again only when the requirements change.
 STAMP := .venv/installed
+EXTRA_STAMP := .venv/installed-extra
+
+# Install a requirements file. Of pip's output, print a line per package and per large download.
+define INSTALL
+@{ $(PY) -m pip install --disable-pip-version-check --progress-bar off -r $(1) || echo failed; } | \
+	while read -r word name rest; do case "$$word $$rest" in \
+		Collecting*|Processing*) echo "  $${name##*/}" ;; \
+		Downloading*[MG]B\)) echo "  downloading $${name%%-[cp][py]*} $$rest" ;; \
+		Installing*) echo "  installing them" ;; \
+		failed*) exit 1 ;; \
+	esac; done
+@touch $@
+endef
 
 setup: $(STAMP)
 
+# packages of the playground, the evaluation and their tests
+extra: $(EXTRA_STAMP)
+
 $(STAMP): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python {sys.version.split()[0]} is too old; install 3.11 or newer and pass it with make PYTHON=python3.11")'
-	@echo "setting up .venv; this takes a few minutes and prints nothing"
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	@touch $@
+	@echo "setting up .venv with the packages of requirements-dev.txt; this takes a few minutes"
+	@$(PYTHON) -m venv .venv
+	$(call INSTALL,requirements-dev.txt)
+
+$(EXTRA_STAMP): requirements-extra.txt $(STAMP)
+	@echo "adding the packages of requirements-extra.txt to .venv"
+	$(call INSTALL,requirements-extra.txt)
 
 demo: setup
 	$(PY) train_llm.py --config configs/llm_demo.yaml --run demo $(if $(wildcard runs/demo),--resume)
@@ -24,6 +43,17 @@ demo-images: setup
 	$(PY) -m tools.score_images demo-images --n 32
 	$(PY) generate.py demo-images --prompt "a photo of a large red circle on a white background" --n 8
 
+# the figures of the READMEs, from the runs of make demo and make demo-images
+figures: demo demo-images
+	cp runs/demo/loss.png docs/images/demo_loss.png
+	cp runs/demo-images/scores.png docs/images/demo_shapes.png
+	cp runs/demo-vqvae/samples/0000800.png docs/images/demo_reconstructions.png
+	$(PY) -m tools.record publish
+
+# make eval RUN=demo ARGS="--limit 100"; without RUN, the newest run
+eval: extra
+	$(PY) -m tools.evaluate $(RUN) $(ARGS)
+
 test: setup
 	$(PY) -m pytest
 
@@ -31,6 +61,14 @@ test: setup
 test-faults: setup
 	$(PY) -m pytest -m faults
 	BLUEBERRY_FUZZ_EXAMPLES=2000 $(PY) -m pytest tests/test_fuzz.py
+
+# tests that need the extra packages
+test-extra: extra
+	$(PY) -m pytest -m "extra and not browser"
+
+# tests of the playground in Chromium or Chrome
+test-browser: extra
+	$(PY) -m pytest -m browser
 
 lint: setup
 	$(PY) -m ruff check

@@ -107,12 +107,24 @@ def read_prompt(prompt: str | None) -> str:
     return prompt
 
 
-def image_path(cfg: Config, run: Path, prompt: str) -> Path:
-    """The PNG file to write, after a check that its folder is writable. Raises UserError."""
+def image_name(prompt: str, seed: int) -> str:
+    """The name of the PNG file of an image."""
     name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
     name = name.encode()[:200].decode(errors="ignore")  # file systems allow 255 bytes
-    default = run / "generated" / f"{name or 'image'}-{cfg.seed}.png"
-    path = Path(cfg.out) if cfg.out else default
+    return f"{name or 'image'}-{seed}.png"
+
+
+def image_metadata(**values) -> PngInfo:
+    """What a PNG file says about how its image was generated."""
+    metadata = PngInfo()
+    for key, value in values.items():
+        metadata.add_itxt(key, str(value))
+    return metadata
+
+
+def image_path(cfg: Config, run: Path, prompt: str) -> Path:
+    """The PNG file to write, after a check that its folder is writable. Raises UserError."""
+    path = Path(cfg.out) if cfg.out else run / "generated" / image_name(prompt, cfg.seed)
     if path.suffix != ".png":
         raise UserError(f"--out {path} is not a .png file; end its name in .png")
     folder = path.parent if cfg.n == 1 else path.with_suffix("")
@@ -153,10 +165,7 @@ def save_images(cfg: Config, loaded: LoadedRun, prompt: str) -> Path:
         )
     )
     for seed, pixels in zip(seeds, images, strict=True):
-        metadata = PngInfo()
-        values = {"prompt": prompt, "seed": seed, **settings, "run": loaded.run.name}
-        for key, value in values.items():
-            metadata.add_itxt(key, str(value))
+        metadata = image_metadata(prompt=prompt, seed=seed, **settings, run=loaded.run.name)
         file = path if cfg.n == 1 else path.with_suffix("") / f"{seed}.png"
         image_grid(pixels[None], 1, gap=0).save(file, pnginfo=metadata)
     if cfg.n > 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import shorten
 
 import torch
+import torch.nn.functional as F
 import transformers
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -144,41 +145,63 @@ def generate_text(
 def continuations(
     model: Llama, tokenizer, prompts: list[list[int]], seeds: list[int], *, out=None, **settings
 ) -> list[str]:
-    """A continuation of each prompt, which all have one length; see generate_text.
+    """A continuation of each prompt, see text_pieces. The first one is streamed to the file `out`.
 
-    Continuation i depends on seeds[i] alone.
+    Without `out`, tokens are read 16 at a time.
+    """
+    texts = [""] * len(prompts)
+    settings |= {"block": 1 if out else 16}
+    for pieces in text_pieces(model, tokenizer, prompts, seeds, **settings):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        if out:
+            print(pieces[0], end="", flush=True, file=out)
+    return texts
+
+
+def text_pieces(
+    model: Llama,
+    tokenizer,
+    prompts: list[list[int]],
+    seeds: list[int],
+    *,
+    block: int = 1,
+    **settings,
+) -> Iterator[list[str]]:
+    """Yield the next piece of each continuation whenever `block` tokens have been generated.
+
+    The prompts all have one length. Continuation i depends on seeds[i] alone. Reading tokens makes
+    the host wait for the device, so a larger block is faster.
     """
     eot, n = end_of_text(tokenizer), len(prompts)
     decoders = [DecodeStream(skip_special_tokens=True) for _ in range(n)]
-    texts, ended = [""] * n, [False] * n
+    ended = [False] * n
     tokens = model.generate(
         torch.tensor(prompts, device=model.embed.weight.device),  # (n, T)
         generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         vocab_slice=slice(len(tokenizer)),
         **settings,
     )
-    # reading tokens makes the host wait for the device, so only a stream reads each at once
-    size = 1 if out else 16
-    for block in iter(lambda: list(islice(tokens, size)), []):
-        for i, row in enumerate(torch.stack(block, dim=1).tolist()):  # (n, size)
+    for rows in iter(lambda: list(islice(tokens, block)), []):
+        pieces = [""] * n
+        for i, row in enumerate(torch.stack(rows, dim=1).tolist()):  # (n, block)
             for token in row:
                 ended[i] = ended[i] or token == eot
                 if ended[i]:
                     break
                 piece = decoders[i].step(tokenizer.backend_tokenizer, token) or ""
-                piece = piece.replace("\ufffd", "")
-                texts[i] += piece
-                if out and i == 0:
-                    print(piece, end="", flush=True, file=out)
+                pieces[i] += piece.replace("\ufffd", "")
+        yield pieces
         if all(ended):
             break
-    return texts
 
 
 def write_text_samples(
     path: Path, model: Llama, tokenizer, prompts: list[str], max_tokens: int, seed: int
-) -> None:
-    """Write every prompt with a continuation sampled at temperature 0.8 to a file."""
+) -> list[str]:
+    """Write every prompt with a continuation sampled at temperature 0.8 to a file.
+
+    Returns the continuations.
+    """
     model = model.for_inference()
     ids = [prompt_ids(tokenizer, prompt, model.config.seq_len) for prompt in prompts]
     texts = [""] * len(prompts)
@@ -189,6 +212,7 @@ def write_text_samples(
         for i, text in zip(group, parts, strict=True):
             texts[i] = text
     write_text(path, "\n".join(numbered(prompts, texts)) + "\n")
+    return texts
 
 
 def numbered(prompts: list[str], texts: list[str]) -> Iterator[str]:
@@ -198,7 +222,7 @@ def numbered(prompts: list[str], texts: list[str]) -> Iterator[str]:
 
 
 # ---- images
-def sample_image_tokens(
+def image_tokens(
     model: Llama,
     fmt: ImageTextFormat,
     prompts: list[list[int]],
@@ -209,12 +233,11 @@ def sample_image_tokens(
     top_k: int,
     top_p: float,
     record: Callable = eagerly,
-    on_token: Callable[[], object] = lambda: None,
-) -> Tensor:
-    """Image tokens (B, N), counted from 0, for B prompts of one length.
+) -> Iterator[Tensor]:
+    """Yield the image tokens (B,), counted from 0, of B prompts of one length, in raster order.
 
     Image i depends on seeds[i] alone. With classifier-free guidance other than 1, an empty prompt
-    runs beside each prompt in the same batch. `on_token` is called after each token.
+    runs beside each prompt in the same batch.
     """
     n, N, device = len(prompts[0]), fmt.n_image_tokens, model.embed.weight.device
     uncond = [fmt.uncond(prompt) for prompt in prompts] if guidance != 1 else None
@@ -232,11 +255,43 @@ def sample_image_tokens(
         positions=fmt.position_ids(torch.tensor([n - 1], device=device), n + N),
         record=record,
     )
-    codes = []
     for token in tokens:
-        codes.append(token - fmt.first_code)  # (B,)
+        yield token - fmt.first_code  # (B,)
+
+
+def sample_image_tokens(
+    model: Llama,
+    fmt: ImageTextFormat,
+    prompts: list[list[int]],
+    seeds: list[int],
+    *,
+    on_token: Callable[[], object] = lambda: None,
+    **settings,
+) -> Tensor:
+    """Image tokens (B, N), see image_tokens. `on_token` is called after each token."""
+    codes = []
+    for token in image_tokens(model, fmt, prompts, seeds, **settings):
+        codes.append(token)
         on_token()
     return torch.stack(codes, dim=1)  # (B, N)
+
+
+def growing_images(
+    model: Llama, vqvae: VQVAE, fmt: ImageTextFormat, caption: str, seeds: list[int], **settings
+) -> Iterator[Tensor]:
+    """Yield images (B, 3, S, S) in [-1, 1] of a caption after each row of their image tokens.
+
+    What is not sampled yet is gray. The last images are those of generate_images, as are the
+    settings. Raises UserError for a caption that is too long.
+    """
+    prompts, size = [fmt.prompt(caption)] * len(seeds), vqvae.config.image_size
+    codes = []
+    for token in image_tokens(model, fmt, prompts, seeds, **settings):
+        codes.append(token)
+        if len(codes) % fmt.grid == 0:
+            grids = torch.stack(codes, dim=1).view(len(seeds), -1, fmt.grid)  # (B, R, G)
+            images = vqvae.decode(grids)  # (B, 3, R S / G, S)
+            yield F.pad(images, (0, 0, 0, size - images.shape[2]))  # (B, 3, S, S)
 
 
 def generate_images(

@@ -5,6 +5,7 @@ python train_llm.py --config configs/llm_demo.yaml            # a laptop, no GPU
 python train_llm.py --run NAME --resume                       # continue a stopped run
 torchrun --nproc_per_node=4 -- train_llm.py --tokens 1B       # several GPUs
 python train_llm.py --config configs/llm_small.yaml --data.source 'books/*.txt'
+python train_llm.py --init_from NAME --data.tokenizer runs/NAME/tokenizer --data.source 'x/*.txt'
 """
 
 import hashlib
@@ -62,6 +63,7 @@ from data.tokenizer import load_tokenizer, token_subwords
 from data.tokens import covered, open_tokens, token_batches, training_windows
 from model import MAX_SUBWORDS, Llama, ModelConfig
 from muon import build_optimizers
+from pretrained import initialize
 from sampling import prompt_ids, write_text_samples
 
 
@@ -71,6 +73,10 @@ class Config(RunConfig):
 
     stage: Literal["llm"] = "llm"
     """Stage that the run belongs to; fixed for this script."""
+    init_from: str = ""
+    """Language model to continue training, with a schedule of its own: a train_llm.py run (name,
+    folder or checkpoint) or a folder of tools/export_hf.py, with the same model shape and
+    tokenizer. Empty: random initialization."""
     tokens: HumanInt = HumanInt("8M")
     """Budget in training tokens. The benchmarks are 8M, 20M, 100M and 1B."""
     batch_tokens: HumanInt | Literal["auto"] = "auto"
@@ -198,6 +204,17 @@ def write_assets(tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
 
 
+# ---- model
+def build_model(cfg: Config, tokenizer) -> Llama:
+    """The model with random weights and the subwords of each token."""
+    model = Llama(cfg.model, compute_dtype=getattr(torch, cfg.dtype))
+    model.init_weights(torch.Generator().manual_seed(cfg.seed))
+    if cfg.model.subwords:
+        table = token_subwords(tokenizer, cfg.model.subwords, MAX_SUBWORDS)
+        model.token_subwords[: len(tokenizer)] = table
+    return model
+
+
 # ---- training and evaluation
 def backward(model, windows: Tensor, micro_batch: int) -> Tensor:
     """Accumulate the gradient of the mean loss over windows (N, T + 1); returns that loss ()."""
@@ -248,6 +265,7 @@ def describe(
         cfg,
         run,
         first,
+        origin=f"from {cfg.init_from}" if cfg.init_from else "from scratch",
         model=f"{model.n_params():,} parameters, {matrices:,} with Muon, the rest with AdamW",
         data=f"{prepared}, {epochs:.2f} epochs; validation on {scored:,} of {len(val):,} tokens",
         batch=f"{cfg.batch_tokens:,} tokens: {cfg.batch_tokens // seq_len} sequences of {seq_len}, "
@@ -283,11 +301,8 @@ def main(cfg: Config) -> dict:
     tokenizer_sha256 = digest(tokenizer.backend_tokenizer.to_str())
 
     # ---- model
-    model = Llama(cfg.model, compute_dtype=getattr(torch, cfg.dtype))
-    model.init_weights(torch.Generator().manual_seed(cfg.seed))
-    if cfg.model.subwords:
-        table = token_subwords(tokenizer, cfg.model.subwords, MAX_SUBWORDS)
-        model.token_subwords[: len(tokenizer)] = table
+    model = build_model(cfg, tokenizer)
+    initialize(model, cfg.init_from, tokenizer, parent)
     model.to(device)
     flops = cfg.batch_tokens * model.flops_per_token()  # of a step
     agree_on_compile(cfg, device, steps * flops, cfg.model.n_layers)
@@ -338,7 +353,9 @@ def main(cfg: Config) -> dict:
         metrics.line(f"val {step}/{steps} | loss {loss:.4f} | bpb {bpb:.4f}")
         if cfg.sample_prompts and rank() == 0:
             path, prompts = run / "samples" / f"{step:07d}.txt", cfg.sample_prompts
-            write_text_samples(path, model, tokenizer, prompts, cfg.sample_tokens, cfg.seed)
+            length, seed = cfg.sample_tokens, cfg.seed
+            texts = write_text_samples(path, model, tokenizer, prompts, length, seed)
+            metrics.text_samples(step, prompts, texts)
         metrics.row(step=step, val_loss=loss, val_bpb=bpb)  # last: marks a complete evaluation
 
     shape = {"batch": batch, "seq_len": seq_len, "seed": cfg.seed, "device": device}
@@ -354,7 +371,8 @@ def main(cfg: Config) -> dict:
             average_gradients(model, loss)
             norm = clipped_norm(model, cfg.grad_clip)
             update(optimizers, after_step.found_inf(loss, norm))
-            after_step(step, loss=loss, grad_norm=norm, lr=cfg.muon_lr * factor)
+            rates = {"lr": cfg.muon_lr * factor, "adamw_lr": cfg.adamw_lr * factor}
+            after_step(step, loss=loss, grad_norm=norm, **rates)
 
     # ---- summary
     last = evaluations(run)[-1]

@@ -26,7 +26,6 @@ from common.config import (
     HumanInt,
     RunConfig,
     UserError,
-    build_from_saved,
     check_beta,
     check_fractions,
     check_not_negative,
@@ -63,7 +62,7 @@ from common.loop import (
     warming_up,
 )
 from common.metrics import Metrics, evaluations
-from common.run import check_run, find_run, load_checkpoint, origin, resume, save_checkpoint
+from common.run import check_run, find_run, origin, resume, save_checkpoint
 from data.captions import TokenizedImages, caption, caption_tokenizer, tokenized
 from data.images import ImageConfig, image_grid, load_images, to_float, to_uint8
 from data.order import batch_epochs, batch_indices, evenly_spaced, prefetch
@@ -72,7 +71,8 @@ from data.text import DataConfig, Tokens, prepare_tokens
 from model import Llama, ModelConfig
 from multimodal import ImageTextFormat, image_text_losses, plain_text_loss
 from muon import build_optimizers
-from sampling import check_guidance, generate_images, load_vqvae, saved_tokenizer
+from pretrained import initialize
+from sampling import check_guidance, generate_images, load_vqvae
 from vqvae import VQVAE
 
 
@@ -95,8 +95,8 @@ class Config(RunConfig):
     """Required: the train_vqvae.py run (name, folder or checkpoint) to use as the image tokenizer.
     The new run keeps a copy of it."""
     init_from: str = ""
-    """A train_llm.py run (name, folder or checkpoint) with the same model shape and tokenizer, to
-    initialize the weights from. Empty: random initialization."""
+    """Language model to start from, with the same model shape and tokenizer: a train_llm.py run
+    (name, folder or checkpoint) or a folder of tools/export_hf.py. Empty: random initialization."""
     sequences: HumanInt = HumanInt("1M")
     """Budget in training sequences."""
     batch_sequences: int = 128
@@ -272,9 +272,15 @@ def sample_prompts(cfg: Config, fmt: ImageTextFormat, val) -> list[str]:
 
 
 def write_image_samples(
-    cfg: Config, path: Path, model: Llama, vqvae: VQVAE, fmt: ImageTextFormat, prompts: list[str]
+    cfg: Config,
+    metrics: Metrics,
+    step: int,
+    model: Llama,
+    vqvae: VQVAE,
+    fmt: ImageTextFormat,
+    prompts: list[str],
 ) -> None:
-    """Generate an image for each prompt, with the same seeds every time, into one grid."""
+    """Write an image for each prompt, with the same seeds every time, to samples/STEP.png."""
     images = generate_images(
         model,
         vqvae,
@@ -286,7 +292,9 @@ def write_image_samples(
         top_p=cfg.top_p,
         truncate=True,
     )
+    path = metrics.run / "samples" / f"{step:07d}.png"
     image_grid(to_uint8(images), min(8, len(prompts)), titles=prompts).save(path)
+    metrics.image_samples(step, path, f"step {step}, each image under its prompt")
 
 
 def load_text(cfg: Config, tokenizer, n_windows: int) -> Tokens:
@@ -334,39 +342,6 @@ def batch_reader(
         return prompts, pinned(torch.from_numpy(has_caption), device), content, windows
 
     return read
-
-
-# ---- model
-def load_language_model(model: Llama, name: str, tokenizer) -> None:
-    """Give the model the weights of a language-model run; image tokens keep theirs.
-
-    Raises UserError if the run does not fit.
-    """
-    run, checkpoint, config = find_run(name)
-    if config["stage"] != "llm":
-        raise UserError(f"--init_from {name} is not a train_llm.py run; pass one or omit it")
-    source = build_from_saved(ModelConfig, config.get("model"), run)
-    shared = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta")
-    for key in (*shared, "value_embed", "canon"):
-        theirs, ours = getattr(source, key), getattr(model.config, key)
-        if theirs != ours:
-            raise UserError(
-                f"--init_from {name} has model.{key} {theirs}, but this run has {ours}; "
-                f"set --model.{key} {theirs}"
-            )
-    language_model = Llama(source)
-    state = load_checkpoint(checkpoint, language_model)
-    saved = saved_tokenizer(run, state)
-    if saved.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
-        raise UserError(
-            f"--init_from {name} has another tokenizer; set --data.tokenizer {run / 'tokenizer'}"
-        )
-    weights = language_model.for_inference().state_dict()
-    n = min(len(tokenizer), source.vocab_size)
-    weights["image_positions.weight"] = model.image_positions.weight.detach()
-    rows = [weights["embed.weight"][:n], model.embed.weight.detach()[n:]]
-    weights["embed.weight"] = torch.cat(rows)  # (V, C)
-    model.load_state_dict(weights)
 
 
 # ---- training and evaluation
@@ -510,8 +485,7 @@ def main(cfg: Config) -> dict:
     # ---- model
     model = Llama(cfg.model, compute_dtype=getattr(torch, cfg.dtype))
     model.init_weights(torch.Generator().manual_seed(cfg.seed))
-    if cfg.init_from:
-        load_language_model(model, cfg.init_from, tokenizer)
+    initialize(model, cfg.init_from, tokenizer, parent)
     model.to(device)
     flops = batch * flops_per_sequence(model, vqvae.config.codebook_size)  # of a step
     agree_on_compile(cfg, device, steps * flops, cfg.model.n_layers)
@@ -562,8 +536,7 @@ def main(cfg: Config) -> dict:
         nats = f"image tokens {image:.4f} nats, {image / math.log(2):.3f} bits"
         metrics.line(f"val {step}/{steps} | {nats} | captions {caption:.4f}")
         if prompts:
-            path = run / "samples" / f"{step:07d}.png"
-            write_image_samples(cfg, path, model, vqvae, fmt, prompts)
+            write_image_samples(cfg, metrics, step, model, vqvae, fmt, prompts)
         # last: marks a complete evaluation
         metrics.row(step=step, val_loss=image, val_caption_loss=caption)
 
@@ -584,7 +557,8 @@ def main(cfg: Config) -> dict:
             norm = clipped_norm(model)
             update(optimizers, after_step.found_inf(total, norm))
             values = dict(zip(names, total, strict=False))
-            after_step(step, **values, grad_norm=norm, lr=cfg.muon_lr * factor)
+            rates = {"lr": cfg.muon_lr * factor, "adamw_lr": cfg.adamw_lr * factor}
+            after_step(step, **values, grad_norm=norm, **rates)
 
     # ---- summary
     rows = evaluations(run)

@@ -204,6 +204,16 @@ def measure_probe(cfg: Config, model: VQVAE, train, val_images: Tensor, device) 
     return probe_nats(encode(images), encode(val_images), cfg.model.codebook_size, cfg.probe_steps)
 
 
+def write_reconstructions(metrics: Metrics, step: int, model: VQVAE, images: Tensor) -> None:
+    """Write images (N, 3, S, S) in a row above their reconstructions to samples/STEP.png."""
+    rows = np.concatenate([to_uint8(images), to_uint8(model.decode(model.encode(images)))])
+    scale = -(-96 // len(rows[0]))  # small images are enlarged by repeating pixels
+    rows = rows.repeat(scale, axis=1).repeat(scale, axis=2)  # (2 N, side, side, 3)
+    path = metrics.run / "samples" / f"{step:07d}.png"
+    image_grid(rows, columns=len(images)).save(path)
+    metrics.image_samples(step, path, f"step {step}, originals over reconstructions")
+
+
 def describe(
     cfg: Config, run: Path, first: int, model: VQVAE, train, n_scored: int, n_val: int, baseline
 ) -> None:
@@ -312,9 +322,7 @@ def main(cfg: Config) -> dict:
                 f"warning: only {used} of {shape.codebook_size} codes are in use; the codebook "
                 "has collapsed or the images have few colors"
             )
-        shown = val_images[:12].to(device)
-        rows = np.concatenate([to_uint8(shown), to_uint8(model.decode(model.encode(shown)))])
-        image_grid(rows, columns=len(shown)).save(run / "samples" / f"{step:07d}.png")
+        write_reconstructions(metrics, step, model, val_images[:12].to(device))
         metrics.row(step=step, **values)  # last: marks a complete evaluation
 
     batches = prefetch(read, first, steps, device)

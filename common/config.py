@@ -144,6 +144,8 @@ def load_config(
             action.nargs, action.const = "?", True
         if action.dest == "run" and not action.option_strings:  # without it: the newest run
             action.nargs, action.required, action.default = "?", False, ""
+        if action.dest == "runs" and not action.option_strings:  # any number of them
+            action.nargs, action.required, action.default, action._typehint = "*", False, [], str
     argv = files_first(list(sys.argv[1:] if argv is None else argv))
     for word in argv:
         if word.startswith("--config="):
@@ -289,7 +291,7 @@ def run_script(main, config_class=None, *, prog=None, description=None) -> None:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["MemoryError"])[0]
-        remedy = "lower --micro_batch (training), --n (generate.py) or --batch (score_images)"
+        remedy = "lower --micro_batch (training), --n (generate.py), --batch or --batch_size"
         stop(f"out of memory ({reason}); {remedy}, or use a smaller model", 2)
 
 

@@ -37,8 +37,9 @@ from common.distributed import (
     rank,
     same_on_all,
 )
-from common.metrics import Metrics, check_wandb, evaluations
+from common.metrics import Metrics, evaluations
 from common.run import checkpoints, is_locked, open_run, origin, save_checkpoint, writing
+from common.wandb_run import check_wandb
 
 
 # ---- schedules
@@ -383,6 +384,7 @@ def training_loop(
             yield after_step
             leave_ranks()
     except BaseException:
+        metrics.stopped()
         if not (after_step.called or cfg.resume is True) and lock:
             shutil.rmtree(run)
         raise

@@ -3,25 +3,25 @@
 import ast
 import hashlib
 import inspect
-import io
 import json
 import os
-import secrets
 import sys
 import textwrap
 import time
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 
 from torch import nn
 from tqdm import tqdm
 
-from common.config import UserError, first_line, to_plain
+from common.config import UserError
 from common.device import Clock, device_name, peak_flops, peak_memory_gb
 from common.disk import write_text
 from common.distributed import n_ranks, rank
 from common.run import writing
+from common.wandb_run import WandbRun
 
 
 class Metrics:
@@ -82,7 +82,9 @@ class Metrics:
             total=self.steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.tty
         )
         if self.cfg.wandb:
-            self.wandb = open_wandb(self.run, self.cfg)
+            self.wandb = WandbRun(self.run, self.cfg)
+            for row in read_metrics(self.run):  # those that W&B does not have yet
+                self.wandb.add(row["step"], row)
 
     def row(self, *, step: int, **values) -> None:
         """Append a row of values at a step, with the amount of the budget used so far."""
@@ -90,7 +92,18 @@ class Metrics:
         if self.file:
             self.file.write(json.dumps(row) + "\n")
         if self.wandb:
-            self.wandb.log(row, step=step)
+            self.wandb.add(step, row)
+
+    def text_samples(self, step: int, prompts: list[str], texts: list[str]) -> None:
+        """Show prompts and their continuations in Weights & Biases, before the row of the step."""
+        if self.wandb:
+            rows = [[step, *pair] for pair in zip(prompts, texts, strict=True)]
+            self.wandb.add_table(step, ["step", "prompt", "continuation"], rows)
+
+    def image_samples(self, step: int, path: Path, caption: str) -> None:
+        """Show an image file in Weights & Biases, before the row of the step."""
+        if self.wandb:
+            self.wandb.add_image(step, path, caption)
 
     def first_step_done(self) -> None:
         """Note how long the run took to its first step, unless it was resumed after that."""
@@ -114,20 +127,25 @@ class Metrics:
         self.last_wait = self.wait_seconds
         speed = self.per_step / seconds
         digits = 0 if speed > 10 else 2
-        mfu = f"{self.flops / seconds / self.peak:.1%}" if self.peak else "-"
+        mfu = self.flops / seconds / self.peak if self.peak else None
+        memory = peak_memory_gb(self.clock.device)
         eta = timedelta(seconds=round(seconds * (self.steps - step)))
         text = (
             f"{step / self.steps:.0%} | {step * self.per_step:,} {self.unit} | loss {loss:.4f} | "
             f"lr {lr:.4g} | gnorm {grad_norm:.3f} | "
             f"{seconds * 1e3:.0f} ms | data {wait * 1e3:.0f} ms | "
-            f"{speed:,.{digits}f} {self.unit}/s | mfu {mfu} | "
-            f"mem {peak_memory_gb(self.clock.device):.1f} GB | eta {eta}"
+            f"{speed:,.{digits}f} {self.unit}/s | mfu {f'{mfu:.1%}' if mfu else '-'} | "
+            f"mem {memory:.1f} GB | eta {eta}"
         )
         if self.tty:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(text)
         else:
             print(f"step {step}/{self.steps} | {text}", flush=True)
+        if self.wandb:
+            values = {f"{self.unit}_per_second": speed, "step_seconds": seconds}
+            values |= {"data_wait_seconds": wait, "mfu": mfu, "peak_memory_gb": memory}
+            self.wandb.add(step, {k: v for k, v in values.items() if v is not None})
 
     def line(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -150,6 +168,9 @@ class Metrics:
         if self.file is not None:
             with suppress(OSError):  # a full disk, which row() has already reported
                 self.file.close()
+
+    def stopped(self) -> None:
+        """Note that the run ends before its last step."""
         if self.wandb:
             self.wandb.finish()
 
@@ -191,56 +212,14 @@ class Metrics:
         shown = {key: value for key, value in summary.items() if key not in nested}
         print("\n".join(f"{key}: {value}" for key, value in shown.items()))
         print(f"saved in {self.run}")
+        if self.wandb:
+            self.wandb.finish(shown)
         return summary
 
 
 def rows_sha256(text: bytes) -> dict:
     """Length and hash of the rows of a metrics.jsonl."""
     return {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-
-
-def check_wandb(cfg) -> None:
-    """Raises UserError if cfg.wandb is set, but Weights & Biases cannot be used."""
-    if not cfg.wandb:
-        return
-    import wandb
-
-    if wandb.setup().settings.mode in ("offline", "disabled"):
-        return
-    reason = "there is no API key"
-    try:
-        with redirect_stderr(io.StringIO()):  # wandb prints lines of its own
-            if wandb.login(prompt=False):
-                return
-    except Exception as error:  # wandb raises many exception types
-        reason = first_line(error)
-    raise UserError(
-        f"--wandb is set, but {reason}; run `wandb login`, set WANDB_API_KEY, or set "
-        "WANDB_MODE=offline to log to the run folder"
-    )
-
-
-def open_wandb(run: Path, cfg):
-    """The Weights & Biases run of a run folder, the same one after --resume. Raises UserError."""
-    import wandb
-
-    file = run / "wandb_id"
-    if not file.exists():
-        write_text(file, secrets.token_hex(4))
-    try:
-        return wandb.init(
-            project="blueberry",
-            name=cfg.run,
-            id=file.read_text(),
-            resume="allow",
-            dir=run.resolve(),  # the wandb service has its own working directory
-            config=to_plain(cfg),
-        )
-    except Exception as error:  # wandb raises many exception types
-        raise UserError(
-            f"--wandb failed: {first_line(error)}; check the network and the key, or set "
-            "WANDB_MODE=offline"
-        ) from error
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -280,23 +259,60 @@ def ast_sha256(function) -> str:
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
 
+def smoothed(values: list[float]) -> list[float]:
+    """The mean of the values around each value: at most 5% of all on each side.
+
+    Early on, where losses fall fast, it is a quarter of the values so far. The last mean is that of
+    the last 5%, which summary.json has as train_loss.
+    """
+    n, sums = len(values), [0.0, *accumulate(values)]
+    window = n - int(0.95 * n)
+    means = []
+    for i in range(n):
+        side = min(window, i // 4 + 1)
+        first, end = max(0, i + 1 - side), min(n, i + side)
+        means.append((sums[end] - sums[first]) / (end - first))
+    return means
+
+
+LOSSES = {  # what the loss of a run is, by the unit of its budget
+    "tokens": "loss (nats per token)",
+    "images": "loss (1: predicting the mean color)",
+    "sequences": "loss (nats per image token)",
+}
+
+
 def plot_loss(run: Path, unit: str) -> None:
-    """Plot the training and validation losses of metrics.jsonl against the budget as loss.png."""
+    """Plot the losses in metrics.jsonl against the budget as loss.png.
+
+    The axis leaves out the first 5% of the training losses, which can be far above the rest.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     train, val = [row for row in read_metrics(run) if "loss" in row], evaluations(run)
-    fig = Figure(figsize=(8, 5), dpi=120, layout="tight")
+    losses, val_losses = [row["loss"] for row in train], [row["val_loss"] for row in val]
+    means, budget = smoothed(losses), [row[unit] for row in train]
+    shown = losses[len(losses) // 20 :] + val_losses
+
+    fig = Figure(figsize=(8, 4.5), dpi=120, layout="tight")
     ax = fig.subplots()
-    ax.plot([r[unit] for r in train], [r["loss"] for r in train], lw=0.8, alpha=0.6, label="train")
-    ax.plot([r[unit] for r in val], [r["val_loss"] for r in val], "o-", label="validation")
-    for r in val:
-        label, point = f"{r['val_loss']:.3f}", (r[unit], r["val_loss"])
-        ax.annotate(label, point, (0, 6), textcoords="offset points", ha="center")
-    images = unit == "images"
-    loss = "loss (1: predicting the mean color)" if images else "loss (nats per token)"
-    ax.set(xlabel=unit, ylabel=loss, title=run.name)
-    if images:
+    ax.plot(budget, losses, color="C0", lw=0.8, alpha=0.3)
+    ax.plot(budget, means, color="C0", lw=2, label=f"training, smoothed: {means[-1]:#.4g}")
+    label = f"validation: {val_losses[-1]:#.4g}"
+    ax.plot([row[unit] for row in val], val_losses, "o-", color="C1", lw=2, label=label)
+    if unit == "images":
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_ylim(min(shown), max(shown))
+    ax.set_xlim(0)
+    ax.set_xlabel(unit, fontsize=12)
+    ax.set_ylabel(LOSSES[unit], fontsize=12)
+    ax.set_title(run.name, fontsize=13)
+    ax.tick_params(labelsize=11)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.grid(alpha=0.3)
-    ax.legend()
+    ax.legend(fontsize=12, loc="upper right")
     fig.savefig(run / "loss.png")

@@ -12,7 +12,7 @@ import train_llm
 import train_multimodal
 import train_vqvae
 from common.config import UserError, load_config
-from tools import bench, record, scaling, score_images
+from tools import bench, evaluate, export_hf, playground, record, scaling, score_images
 
 CONFIGS = {
     "train_llm.py": train_llm.Config,
@@ -20,6 +20,9 @@ CONFIGS = {
     "train_multimodal.py": train_multimodal.Config,
     "generate.py": generate.Config,
     "-m tools.bench": bench.Config,
+    "-m tools.export_hf": export_hf.Config,
+    "-m tools.evaluate": evaluate.Config,
+    "-m tools.playground": playground.Config,
     "-m tools.score_images": score_images.Config,
     "-m tools.record trials": record.TrialsConfig,
 }
@@ -34,15 +37,19 @@ PAGES = sorted(
 )
 HISTORY = {"docs/LOG.md", "docs/LEADERBOARD.md"}  # commands of their time
 WITHOUT_COMMANDS = {
+    "docs/DEPENDENCIES.md",
     "docs/RELIABILITY.md",
     "image_metrics.py",
     "model.py",
     "multimodal.py",
     "muon.py",
+    "pretrained.py",
     "sampling.py",
     "vqvae.py",
     "tools/classifier.py",
+    "tools/extras.py",
     "tools/leaderboard.py",
+    "tools/modeling_blueberry.py",
     "tools/shapes_checker.py",
     "tools/trials.py",
 }
@@ -54,7 +61,7 @@ def page_text(page: str) -> str:
     text = (ROOT / page).read_text()
     if page.endswith(".py"):
         return ast.get_docstring(ast.parse(text)) or ""
-    return re.sub(r"\$\(if .*?--resume\)", "", text.replace("$(PY)", "python"))
+    return re.sub(r"\$\(if .*?--resume\)|\$\(ARGS\)", "", text.replace("$(PY)", "python"))
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:

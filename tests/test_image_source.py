@@ -401,7 +401,8 @@ def close(image: Image.Image, color: tuple, tolerance: int) -> bool:
         ("RGB", COLOR, [*LOSSLESS, "JPEG", "AVIF", "SGI"], COLOR),
         ("RGBX", (*COLOR, 0), ["TIFF", "WEBP", "JPEG"], COLOR),
         ("CMYK", (55, 155, 205, 0), ["JPEG", "TIFF", "JPEG2000", "WEBP"], COLOR),
-        ("YCbCr", (124, 86, 182), ["JPEG", "TIFF", "JPEG2000", "WEBP"], COLOR),
+        # no TIFF: before version 13, Pillow cannot read the YCbCr TIFF files that it writes
+        ("YCbCr", (124, 86, 182), ["JPEG", "JPEG2000", "WEBP"], COLOR),
         ("HSV", (14, 191, 200), ["WEBP"], COLOR),
         ("RGBA", (*COLOR, 255), [f for f in LOSSLESS if f not in ("PCX", "PPM")], COLOR),
         ("LA", (102, 255), ["PNG", "TIFF", "WEBP", "TGA", "JPEG2000"], GRAY),

@@ -6,10 +6,10 @@ import re
 import pytest
 from helpers import ROOT
 
-COMMON = ("config", "device", "disk", "distributed", "run", "metrics", "loop")
+COMMON = ("config", "device", "disk", "distributed", "run", "wandb_run", "metrics", "loop")
 SCRIPTS = {"train_llm", "train_vqvae", "train_multimodal", "generate"}
 LEAVES = {"model", "vqvae", "muon"}
-MIDDLE = {"sampling", "multimodal", "image_metrics"}
+MIDDLE = {"sampling", "multimodal", "image_metrics", "pretrained"}
 PROJECT = {"common", "data", "tools"} | SCRIPTS | LEAVES | MIDDLE
 
 

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -442,6 +443,11 @@ def test_sides_that_differ_in_what_is_fixed_are_refused(project, fixed):
     assert f"runs/base-seed0 and runs/odd-seed0 differ in {fixed}" in message
 
 
+def test_trials_that_started_from_another_model_are_refused(project):
+    fake_side("odd", 4.7, config={"init_from": "runs/large"})
+    assert "runs/odd-seed0 started from 'runs/large'" in compare_error("runs/odd-*")
+
+
 @pytest.mark.parametrize("tokens, params, message", TOO_MANY_PARAMETERS)
 def test_models_above_the_cap_are_refused(project, tokens, params, message):
     fake_side("odd", 4.7, tokens=tokens, params=params)
@@ -764,6 +770,98 @@ FORGERIES = {
 def test_check_finds_a_forgery(copied, problem):
     FORGERIES[problem]()
     assert problem in problems()
+
+
+# ---- benchmarks
+SCIQ = "sciq acc, inputs aaaaaaaa"
+
+
+def add_benchmarks(side: str, **changes) -> None:
+    """Write evals.json into the runs of a side: SciQ on all documents, PIQA with a limit."""
+    for seed, folder in enumerate(sorted(Path("runs").glob(f"{side}-*"))):
+        task = {"metrics": {"acc": {"value": 0.25 + seed / 100, "stderr": 0.01}}, "limit": None}
+        task["inputs_sha256"] = "a" * 64
+        evals = {"checkpoint": "checkpoints/0000244", "weights_sha256": "b" * 64}
+        evals |= {"tasks": {"sciq": task, "piqa": task | {"limit": 10}}} | changes
+        (folder / "evals.json").write_text(json.dumps(evals))
+
+
+@pytest.fixture
+def benchmarked(project):
+    """A record whose new trials, but not its baseline, have benchmark scores."""
+    add_benchmarks("new")
+    submit()
+    return folder_of("cooler")
+
+
+def test_a_record_has_mean_and_deviation_of_benchmarks_on_all_documents(benchmarked):
+    page = (benchmarked / "README.md").read_text()
+    assert f"| {SCIQ} |  | 0.2700 ± 0.0158 |" in page
+    assert "piqa" not in page
+    record.main(["check"])
+
+
+def test_scores_that_some_trial_lacks_are_omitted(project):
+    add_benchmarks("new")
+    Path("runs/new-seed2/evals.json").unlink()
+    submit()
+    assert "sciq" not in (folder_of("cooler") / "README.md").read_text()
+
+
+def test_scores_on_other_inputs_are_not_in_the_same_row(project):
+    add_benchmarks("base", tasks=one_task("sciq", 0.5))
+    add_benchmarks("new")
+    for path in Path("runs").glob("base-*/evals.json"):
+        path.write_text(path.read_text().replace("a" * 64, "c" * 64))
+    submit()
+    page = (folder_of("cooler") / "README.md").read_text()
+    assert "| sciq acc, inputs cccccccc | 0.5000 ± 0.0000 |  |" in page
+    assert f"| {SCIQ} |  | 0.2700 ± 0.0158 |" in page
+
+
+def test_check_finds_forged_benchmarks(benchmarked):
+    path = benchmarked / "trials/seed3/evals.json"
+    path.write_text(path.read_text().replace("0.28", "0.38"))
+    assert "files.trials/seed3/evals.json does not follow" in problems()
+
+
+def test_benchmarks_of_other_weights_are_refused(project):
+    add_benchmarks("new")
+    weights = Path("runs/new-seed1/checkpoints/0000244/model.safetensors")
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"others")
+    message = "runs/new-seed1/evals.json is not of the weights after step 244"
+    assert message in submit_error()
+
+
+def one_task(name: str, value) -> dict:
+    return {name: {"limit": None, "inputs_sha256": "a" * 64, "metrics": {"acc": {"value": value}}}}
+
+
+BAD_BENCHMARKS = {
+    "other step": ({"checkpoint": "checkpoints/0000200"}, "is not of the weights"),
+    "other place": ({"checkpoint": "../0000244"}, "is damaged"),
+    "no tasks": ({"tasks": None}, "is damaged"),
+    "a score that is a list": (
+        {"tasks": one_task("a", [])},
+        "is damaged",
+    ),
+    "a score that is not finite": (
+        {"tasks": one_task("a", math.nan)},
+        "is damaged",
+    ),
+    "a task with terminal codes": (
+        {"tasks": one_task("\x1b[2J", 1)},
+        "is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BENCHMARKS)
+def test_bad_benchmarks_are_refused(project, case):
+    changes, message = BAD_BENCHMARKS[case]
+    add_benchmarks("new", **changes)
+    assert f"runs/new-seed0/evals.json {message}" in submit_error()
 
 
 # ---- checkouts of strangers

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from helpers import (
     MODULES,
     flags,
     losses,
-    script,
     sentences,
     train,
     train_stage,
@@ -456,25 +454,3 @@ def test_secrets_of_the_environment_never_reach_the_run(workdir, monkeypatch):
     assert json.loads((RUN / "env.json").read_text())["command"][-1] == "[redacted]"
     with pytest.raises(UserError, match="contain an access token"):
         train(run="b", data__cache="0123456789abcdef" * 3)
-
-
-# ---- wandb
-def test_wandb_without_a_key_is_refused_before_any_work(workdir):
-    secret_free = {key: value for key, value in os.environ.items() if "WANDB" not in key}
-    env = secret_free | {"HOME": str(workdir), "NETRC": str(workdir / "none")}
-    command = [*flags(run="a", wandb="true")]
-    done = script("train_llm.py", *command, env=env)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: --wandb is set, but there is no API key; run `wandb login`")
-    assert not Path("runs").exists() and not Path("cache").exists()
-
-
-def test_a_resumed_run_is_the_same_wandb_run(workdir, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    train(run="a", wandb="true")
-    unfinish()
-    resumed()
-    logs = list(RUN.glob("wandb/offline-run-*"))
-    assert len(logs) == 2
-    assert len({re.sub(".*-", "", log.name) for log in logs}) == 1

@@ -1,6 +1,5 @@
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -362,17 +361,3 @@ def test_a_checkpoint_of_another_shape_is_refused(workdir):
     message = r"down_proj.weight has shape \(32, 64\), expected \(32, 96\)"
     with pytest.raises(UserError, match=message):
         train(run="a", resume="true", model__d_ff=96)
-
-
-# ---- wandb
-def test_wandb_logs_without_network(workdir, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    train(run="a", wandb="true")
-    (log,) = Path("runs/a/wandb").glob("offline-run-*/*.wandb")
-    assert b"val_loss" in log.read_bytes()
-
-
-def test_wandb_is_imported_only_when_used(workdir):
-    code = "import sys, train_llm, generate; sys.exit('wandb' in sys.modules)"
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0

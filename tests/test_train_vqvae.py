@@ -59,8 +59,8 @@ def test_run_folder_has_the_loss_curve(larger_run):
 def test_sample_shows_images_in_a_row_above_their_reconstructions(larger_run):
     folder, _ = larger_run
     sample = Image.open(folder / "runs/whole/samples/0000300.png")
-    assert sample.width > 12 * 32
-    assert 2 * 32 < sample.height < 3 * 32
+    assert 12 * 96 < sample.width < 13 * 96  # images of 32 pixels are enlarged to 96
+    assert 2 * 96 < sample.height < 3 * 96
 
 
 def stop_after_one_step(monkeypatch) -> None:

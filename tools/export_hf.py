@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import huggingface_hub
+import transformers
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -108,7 +109,8 @@ def write_tokenizer(tokenizer, seq_len: int, folder: Path) -> None:
     backend.save(str(folder / "tokenizer.json"))
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), token)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "padding_side": "left"}
-    write_json(folder / "tokenizer_config.json", settings | {"model_max_length": seq_len})
+    settings |= {"model_max_length": seq_len, "model_input_names": ["input_ids", "attention_mask"]}
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -123,6 +125,8 @@ CARD = """---
 # {name}
 
 A language model with {params:,} parameters, trained from scratch with Blueberry, the 5-dollar LLM.
+
+With transformers {version}, the version it was exported with:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -181,6 +185,7 @@ def model_card(run: Path, checkpoint: Path, config: dict, model: Llama, folder: 
     return CARD.format(
         header=yaml.safe_dump(header(config["data"]["source"]), sort_keys=False).strip(),
         name=run.name,
+        version=transformers.__version__,
         folder=folder,
         params=model.n_params(),
         trust="" if plain else ", trust_remote_code=True",

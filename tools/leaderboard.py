@@ -24,6 +24,7 @@ from common.disk import write_text
 from tools.trials import (
     BUDGETS,
     P_WORSE,
+    SCHEMA,
     Trial,
     changed_settings,
     check_sides,
@@ -87,7 +88,7 @@ def copy_trials(trials: list[Trial], folder: Path) -> None:
     for trial in trials:
         place = folder / f"seed{trial.summary['seed']}"
         place.mkdir(parents=True)
-        for name in ("config.yaml", "summary.json", "env.json", "trials.json"):
+        for name in (*SCHEMA, "trials.json", "evals.json"):
             if (trial.path / name).exists():
                 shutil.copy(trial.path / name, place / name)
         lines = [json.dumps(row) + "\n" for row in trial.evaluations]
@@ -373,14 +374,18 @@ def curves(records: list[Record]) -> dict[str, Curve]:
 def plot(path: Path, by_name: dict[str, Curve]) -> None:
     """Write curves as a PNG that holds their digest, so that `check` can tell if it is stale."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    fig = Figure(figsize=(8, 5), dpi=120, layout="tight")
+    fig = Figure(figsize=(8, 4.5), dpi=120, layout="tight")
     ax = fig.subplots()
     for name, (tokens, mean, sd) in by_name.items():
         ax.errorbar(tokens, mean, yerr=sd, marker="o", capsize=3, label=f"{name}: {mean[-1]:.4f}")
-    ax.set(xlabel="tokens", ylabel="validation loss (nats per token)")
+    ax.set_xlabel("tokens", fontsize=12)
+    ax.set_ylabel("validation loss (nats per token)", fontsize=12)
+    ax.tick_params(labelsize=11)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.grid(alpha=0.3)
-    ax.legend()
+    ax.legend(fontsize=12)
     fig.savefig(path, metadata={"Description": digest_of(by_name)})
 
 

@@ -14,6 +14,7 @@ import yaml
 from scipy.stats import ttest_ind
 
 from common.config import UserError, first_line, flatten
+from common.disk import file_sha256
 from common.metrics import evaluations
 
 MEASURES = {  # key in summary.json: (title in tables, number format)
@@ -48,6 +49,7 @@ NON_RECIPE_SETTINGS = {  # settings that are not part of a recipe
     "stage",
     "run",
     "seed",
+    "init_from",
     "resume",
     "save_every",
     "eval_every",
@@ -87,6 +89,7 @@ class Trial:
     env: dict
     evaluations: list[dict]  # the rows of metrics.jsonl that have a val_loss
     planned: int  # number of seeds asked for; 0 if unknown
+    benchmarks: dict[str, float]  # scores in evals.json
 
     @property
     def machine(self) -> str:
@@ -142,7 +145,39 @@ def load_trial(folder: Path) -> Trial:
             f"{folder}: summary.json and the last evaluation in metrics.jsonl disagree; "
             "rerun this trial"
         )
-    return Trial(folder, config, summary, env, rows, planned)
+    benchmarks = load_benchmarks(folder, summary["steps"])
+    return Trial(folder, config, summary, env, rows, planned, benchmarks)
+
+
+def load_benchmarks(folder: Path, steps: int) -> dict[str, float]:
+    """{task, metric and hash of the inputs: score} of evals.json, without tasks that had a limit.
+
+    Raises UserError if the file, which may be untrusted, is damaged or of other weights than those
+    after the last step.
+    """
+    path = folder / "evals.json"
+    if not path.exists():
+        return {}
+    try:
+        stored = read_data(path)
+        scores = {
+            f"{task} {metric}, inputs {result['inputs_sha256'][:8]}": score["value"]
+            for task, result in stored["tasks"].items()
+            if result["limit"] is None
+            for metric, score in result["metrics"].items()
+        }
+        pattern = r"[\w.-]+ [\w.,-]+, inputs [0-9a-f]{8}"
+        for name, value in scores.items():
+            if not re.fullmatch(pattern, name, re.ASCII) or not is_number(value):
+                raise ValueError(f"{name!r} is {value!r}")
+        step = int(re.fullmatch(r"checkpoints/(\d+)", stored["checkpoint"])[1])
+        weights = folder / stored["checkpoint"] / "model.safetensors"  # a record has none
+        is_same = not weights.exists() or file_sha256(weights) == stored["weights_sha256"]
+    except Exception as error:  # the parsers raise many exception types
+        raise UserError(f"{path} is damaged ({first_line(error)}); delete it") from error
+    if step != steps or not is_same:
+        raise UserError(f"{path} is not of the weights after step {steps}; evaluate them again")
+    return scores
 
 
 def read_data(path: Path) -> dict:
@@ -257,6 +292,12 @@ def check_side(trials: list[Trial]) -> None:
             "so one is a copy; rerun it"
         )
     params = first.summary["params"]
+    for trial in trials:
+        if start := trial.config.get("init_from"):
+            raise UserError(
+                f"{trial.path} started from {start!r}, whose training is not part of its budget; "
+                "train without --init_from"
+            )
     cap = SMALL_MAX_PARAMS if first.config["tokens"] == BUDGETS["small"] else MAX_PARAMS
     if params > cap:
         raise UserError(f"{first.path} has {params:,} parameters; this budget allows {cap:,}")
@@ -306,12 +347,21 @@ def lines_of_code(patch: str) -> dict[str, int]:
 
 
 def summarize(trials: list[Trial]) -> dict:
-    """n, parameters, and mean and sample standard deviation of each measure."""
-    columns = {key: column(trials, key) for key in MEASURES}
-    return {"n": len(trials), "params": trials[0].summary["params"]} | {
-        key: {"mean": statistics.mean(values), "sd": stdev(values)}
-        for key, values in columns.items()
-    }
+    """n, parameters, and mean and sample standard deviation of each measure.
+
+    Also those of the benchmark scores that all trials have, if there are any.
+    """
+
+    def mean_sd(values: list[float]) -> dict[str, float]:
+        return {"mean": statistics.mean(values), "sd": stdev(values)}
+
+    shared = set.intersection(*(set(trial.benchmarks) for trial in trials))
+    scores = {name: mean_sd([t.benchmarks[name] for t in trials]) for name in sorted(shared)}
+    return (
+        {"n": len(trials), "params": trials[0].summary["params"]}
+        | {key: mean_sd(column(trials, key)) for key in MEASURES}
+        | ({"benchmarks": scores} if scores else {})
+    )
 
 
 def compare(
@@ -379,6 +429,10 @@ def comparison_table(stats: dict) -> str:
         values = [side[key] for side in sides.values()]
         rows.append([title, *(f"{v['mean']:{form}} ± {v['sd']:{form}}" for v in values)])
     rows.append(["parameters", *(f"{side['params']:,}" for side in sides.values())])
+    benchmarks = [side.get("benchmarks", {}) for side in sides.values()]
+    for name in dict.fromkeys(name for scores in benchmarks for name in scores):
+        values = [scores.get(name) for scores in benchmarks]
+        rows.append([name, *(f"{v['mean']:.4f} ± {v['sd']:.4f}" if v else "" for v in values)])
     text = markdown_table(rows)
     if "base" in stats:
         low, high = stats["ci95"]
