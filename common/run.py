@@ -87,7 +87,10 @@ def check_same_settings(cfg, run: Path, pattern: str) -> None:
         if key in MACHINE_KEYS or not re.fullmatch(pattern, key) or value == saved.get(key):
             continue
         if key not in saved:
-            raise UserError(f"{run}/config.yaml is damaged (it has no {key}); restore it")
+            raise UserError(
+                f"{run}/config.yaml has no {key}; restore it, or use the version that made the run "
+                f"({made_by(run)})"
+            )
         remedy = "start another run"
         if not re.fullmatch(FIXED_IN_BRANCH, key) and (last := checkpoints(run)[-1:]):
             remedy = f"start a new run from a checkpoint: --resume {last[0]} --run NEW_NAME"

@@ -124,7 +124,7 @@ def test_a_config_without_a_setting_is_refused_by_its_name(halfway):
     config = yaml.safe_load((RUN / "config.yaml").read_text())
     del config["grad_clip"]
     (RUN / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match=r"runs/a/config.yaml is damaged \(it has no grad_clip\)"):
+    with pytest.raises(UserError, match="config.yaml has no grad_clip; .* version that made"):
         resumed()
 
 
