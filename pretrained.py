@@ -122,7 +122,10 @@ def read_pretrained(name: str) -> Pretrained:
 
     Raises UserError.
     """
-    return read_export(Path(name)) if (Path(name) / "config.json").exists() else read_run(name)
+    try:
+        return read_export(Path(name)) if (Path(name) / "config.json").exists() else read_run(name)
+    except UserError as error:
+        raise UserError(f"--init_from {name}: {error}") from error
 
 
 def read_export(folder: Path) -> Pretrained:
@@ -155,7 +158,7 @@ def read_run(name: str) -> Pretrained:
     """The language model of a train_llm.py run. Raises UserError."""
     run, checkpoint, config = find_run(name)
     if config["stage"] != "llm":
-        raise UserError(f"--init_from {name} is not a train_llm.py run; pass one or omit it")
+        raise UserError(f"{run} is not a train_llm.py run; pass one, or omit --init_from")
     model, tokenizer = load_checkpoint_of(run, checkpoint, config)
     folded = model.for_inference()
     return Pretrained(folded.config, folded.state_dict(), tokenizer, run / "tokenizer")
@@ -167,18 +170,18 @@ def load_checkpoint_of(run: Path, checkpoint: Path, config: dict):
     return model, saved_tokenizer(run, load_checkpoint(checkpoint, model))
 
 
-def initialize(model: Llama, name: str, tokenizer, parent: Path | None) -> None:
-    """Give a model the weights of read_pretrained(name); entries that those lack keep theirs.
+def initial_weights(cfg, tokenizer, parent: Path | None) -> Pretrained | None:
+    """The language model cfg.init_from, after a check that it fits cfg.model and the tokenizer.
 
-    Does nothing without a name, or if `parent`, the run being resumed, has a checkpoint to load.
-    Subword embeddings are already part of the token embeddings, so those of `model` must be 0, as
-    they are initially. Raises UserError if shape or tokenizer differ.
+    None if there is nothing to start from, or if `parent`, the run being resumed, has a checkpoint.
+    Raises UserError.
     """
+    name = cfg.init_from
     if not name or (parent is not None and checkpoints(parent)):
-        return
+        return None
     source = read_pretrained(name)
     for key in SHAPE:
-        theirs, ours = getattr(source.shape, key), getattr(model.config, key)
+        theirs, ours = getattr(source.shape, key), getattr(cfg.model, key)
         if theirs != ours:
             raise UserError(
                 f"--init_from {name} has model.{key} {theirs}, but this run has {ours}; "
@@ -189,10 +192,21 @@ def initialize(model: Llama, name: str, tokenizer, parent: Path | None) -> None:
             f"--init_from {name} has another tokenizer; set --data.tokenizer "
             f"{source.tokenizer_folder}"
         )
+    return source
+
+
+def initialize(model: Llama, source: Pretrained | None, n_tokens: int) -> None:
+    """Give a model the weights of `source`, if any; vocabulary entries that it lacks keep theirs.
+
+    n_tokens is the number of the tokenizer's entries. Subword embeddings are already part of the
+    token embeddings, so those of `model` must be 0, as they are initially.
+    """
+    if source is None:
+        return
     # after the tokenizer's entries, a multimodal model has image tokens; other models have unused
     # entries, which have learned to be improbable
     rows = source.weights["embed.weight"]  # (V, C)
-    rows = rows[: len(tokenizer) if model.config.n_image_positions else model.config.vocab_size]
+    rows = rows[: n_tokens if model.config.n_image_positions else model.config.vocab_size]
     weights = model.state_dict() | source.weights
     weights["embed.weight"] = torch.cat((rows, model.embed.weight.detach()[len(rows) :]))  # (V, C)
     model.load_state_dict(weights)

@@ -63,7 +63,7 @@ from data.tokenizer import load_tokenizer, token_subwords
 from data.tokens import covered, open_tokens, token_batches, training_windows
 from model import MAX_SUBWORDS, Llama, ModelConfig
 from muon import build_optimizers
-from pretrained import initialize
+from pretrained import Pretrained, initial_weights, initialize
 from sampling import prompt_ids, write_text_samples
 
 
@@ -205,13 +205,14 @@ def write_assets(tokenizer, folder: Path) -> None:
 
 
 # ---- model
-def build_model(cfg: Config, tokenizer) -> Llama:
-    """The model with random weights and the subwords of each token."""
+def build_model(cfg: Config, tokenizer, source: Pretrained | None) -> Llama:
+    """The model with the subwords of each token, and random weights or those of `source`."""
     model = Llama(cfg.model, compute_dtype=getattr(torch, cfg.dtype))
     model.init_weights(torch.Generator().manual_seed(cfg.seed))
     if cfg.model.subwords:
         table = token_subwords(tokenizer, cfg.model.subwords, MAX_SUBWORDS)
         model.token_subwords[: len(tokenizer)] = table
+    initialize(model, source, len(tokenizer))
     return model
 
 
@@ -292,6 +293,7 @@ def main(cfg: Config) -> dict:
     token_request(cfg.data, "train", "")  # finds a wrong path before anything is downloaded
     tokenizer = load_tokenizer(cfg.data, saved=parent and parent / "tokenizer")
     check_tokenizer(cfg, tokenizer)
+    source = initial_weights(cfg, tokenizer, parent)
     # One more than the budget, because the last input has a target too. Always the whole budget,
     # so that its sha256 depends on the data and not on the batch size.
     val, train = open_tokens(cfg.data, cfg.tokens + 1, tokenizer, prepare=rank() == 0)
@@ -301,9 +303,7 @@ def main(cfg: Config) -> dict:
     tokenizer_sha256 = digest(tokenizer.backend_tokenizer.to_str())
 
     # ---- model
-    model = build_model(cfg, tokenizer)
-    initialize(model, cfg.init_from, tokenizer, parent)
-    model.to(device)
+    model = build_model(cfg, tokenizer, source).to(device)
     flops = cfg.batch_tokens * model.flops_per_token()  # of a step
     agree_on_compile(cfg, device, steps * flops, cfg.model.n_layers)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model

@@ -71,7 +71,7 @@ from data.text import DataConfig, Tokens, prepare_tokens
 from model import Llama, ModelConfig
 from multimodal import ImageTextFormat, image_text_losses, plain_text_loss
 from muon import build_optimizers
-from pretrained import initialize
+from pretrained import initial_weights, initialize
 from sampling import check_guidance, generate_images, load_vqvae
 from vqvae import VQVAE
 
@@ -474,6 +474,7 @@ def main(cfg: Config) -> dict:
         for split in ("train", "val")
     )
     tokenizer = caption_tokenizer(cfg.data, train, saved=parent and parent / "tokenizer")
+    source = initial_weights(cfg, tokenizer, parent)
     fmt = ImageTextFormat(tokenizer, vqvae.config, cfg.model)
     images = tokenize_images(cfg, vqvae, vqvae_checkpoint, train, steps * n_images)
     val_images = tokenize_images(cfg, vqvae, vqvae_checkpoint, val, 0)
@@ -485,7 +486,7 @@ def main(cfg: Config) -> dict:
     # ---- model
     model = Llama(cfg.model, compute_dtype=getattr(torch, cfg.dtype))
     model.init_weights(torch.Generator().manual_seed(cfg.seed))
-    initialize(model, cfg.init_from, tokenizer, parent)
+    initialize(model, source, len(tokenizer))
     model.to(device)
     flops = batch * flops_per_sequence(model, vqvae.config.codebook_size)  # of a step
     agree_on_compile(cfg, device, steps * flops, cfg.model.n_layers)

@@ -139,13 +139,15 @@ def load_config(
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_class_arguments(config_class, as_positional=True)
+    positionals = [action.dest for action in parser._actions if not action.option_strings]
     for action in parser._actions:
         if getattr(action, "_typehint", None) in (bool, bool | str):  # --resume: --resume true
             action.nargs, action.const = "?", True
-        if action.dest == "run" and not action.option_strings:  # without it: the newest run
+        if action.dest == "run" and positionals == ["run"]:  # without it: the newest run
             action.nargs, action.required, action.default = "?", False, ""
         if action.dest == "runs" and not action.option_strings:  # any number of them
             action.nargs, action.required, action.default, action._typehint = "*", False, [], str
+            action.metavar = "RUN"
     argv = files_first(list(sys.argv[1:] if argv is None else argv))
     for word in argv:
         if word.startswith("--config="):

@@ -61,9 +61,14 @@ def resolve_device(cfg) -> torch.device:
 
 
 def select_device(device: torch.device) -> None:
-    """Make the device of this process's local rank the current one. Raises UserError."""
+    """Make the device of this process's local rank the current one.
+
+    Raises UserError, or RuntimeError if there is no device.
+    """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     available = torch.accelerator.device_count()
+    if not available:
+        raise RuntimeError(f"PyTorch finds no {device.type} device")
     if processes > available:
         raise UserError(
             f"torchrun started {processes} processes on this machine, but it has {available} "

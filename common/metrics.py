@@ -208,12 +208,13 @@ class Metrics:
         with writing(self.run, self.run / "summary.json"):
             plot_loss(self.run, self.unit)
             write_text(self.run / "summary.json", json.dumps(summary, indent=2))
-        nested = ("code", "inputs")  # long, and in the file
-        shown = {key: value for key, value in summary.items() if key not in nested}
-        print("\n".join(f"{key}: {value}" for key, value in shown.items()))
+        flat = {key: value for key, value in summary.items() if key not in ("code", "inputs")}
+        for key, value in flat.items():
+            if value is not None and not key.endswith(("sha256", "commit", "dirty")):
+                print(f"{key}: {f'{value:.6g}' if isinstance(value, float) else value}")
         print(f"saved in {self.run}")
         if self.wandb:
-            self.wandb.finish(shown)
+            self.wandb.finish(flat)
         return summary
 
 

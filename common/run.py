@@ -195,7 +195,7 @@ def write_environment(cfg, run: Path) -> None:
 
 
 def git_state() -> dict:
-    """The sha256 of the training code, its commit, and whether Python files differ from it.
+    """The sha256 of the training code, its commit, and whether the code differs from it.
 
     Commit and `dirty` are None outside a git checkout.
     """
@@ -210,7 +210,9 @@ def git_state() -> dict:
         return subprocess.check_output(command, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
 
     try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "*.py")
+        code_files = [f":(glob){folder}*.py" for folder in ("", "common/", "data/")]
+        commit = git("rev-parse", "HEAD")
+        changes = git("status", "--porcelain", "--", *code_files)
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None, "code_sha256": code}
     return {"commit": commit.strip(), "dirty": bool(changes), "code_sha256": code}
@@ -228,6 +230,8 @@ def find_run(name: str) -> tuple[Path, Path, dict]:
     if path is None:
         known = ", ".join(sorted(p.name for p in RUNS.glob("*") if p.is_dir())) or "none"
         raise UserError(f"there is no run {name!r}; existing runs: {known}")
+    if (path / "config.json").exists():
+        raise UserError(f"{path} is an exported folder; pass the run that it was made from")
     is_run = (path / "config.yaml").exists()
     run = path if is_run else path.parent.parent
     candidates = [*checkpoints(run), *checkpoints(run, "best")] if is_run else [path]

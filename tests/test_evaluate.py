@@ -424,7 +424,7 @@ def test_a_hub_that_does_not_respond_is_one_line(workspace, monkeypatch):
     monkeypatch.setattr(evaluate, "HUB_SECONDS", 0)
     message = error_of("m", "--tasks", "sciq")
     assert message.startswith("task sciq: cannot load data source allenai/sciq: no connection to")
-    assert message.endswith("or pass tasks with local data")
+    assert message.endswith("or pass --tasks with local data (--include_path)")
 
 
 # ---- bad input

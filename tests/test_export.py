@@ -240,6 +240,14 @@ def test_the_pipeline_generates_text():
     assert len(second["generated_text"]) > len(PROMPTS[1])
 
 
+def test_generation_ends_where_the_context_is_full():
+    model, tokenizer = theirs("extras")
+    settings = {"max_new_tokens": 99, "min_new_tokens": 99, "do_sample": False}
+    assert model.generate(random_tokens(2, 30), **settings).shape == (2, 32)
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    assert pipe("one")[0]["generated_text"].startswith("one")  # its default is 256 new tokens
+
+
 def test_entries_without_a_token_are_never_generated():
     model, tokenizer = theirs("extras")
     with torch.no_grad():
@@ -349,7 +357,7 @@ def card(name: str) -> str:
 def test_the_card_has_results_recipe_data_command_and_limits():
     text, summary = card("extras"), json.loads(Path("runs/extras/summary.json").read_text())
     assert f"| validation loss, nats per token | {summary['val_loss']:.4f} |" in text
-    assert f"| training tokens | {summary['tokens']} |" in text
+    assert f"| training tokens | {summary['tokens']:,} |" in text
     assert "muon_lr: 0.05" in text
     assert "source: corpus.jsonl" in text
     assert re.search(r"^python .+", text, re.M)
@@ -493,7 +501,8 @@ def no_checkpoint() -> None:
         ("empty", "new", "runs/empty has no checkpoint"),
         ("extras", "exports", "exports exists; delete it or choose another folder"),
         ("extras", "corpus.jsonl/new", "cannot write corpus.jsonl/new: Not a directory"),
-        ("", "new", "pass a run and a folder"),
+        ("", "new", "the following arguments are required: out"),
+        ("exports/plain", "new", "exports/plain is an exported folder; pass the run"),
     ],
 )
 def test_wrong_input_is_a_one_line_error_and_writes_nothing(run, out, message):
@@ -545,8 +554,8 @@ def test_a_resumed_run_does_not_need_the_run_it_started_from():
         ({"model__canon": 2}, "--init_from exports/extras has model.canon 3.* set --model.canon 3"),
         ({"model__d_ff": 32}, "set --model.d_ff 64"),
         ({"data__tokenizer": "bpe-301"}, "set --data.tokenizer exports/extras"),
-        ({"init_from": "v"}, "--init_from v is not a train_llm.py run"),
-        ({"init_from": "none"}, "there is no run 'none'"),
+        ({"init_from": "v"}, "--init_from v: runs/v is not a train_llm.py run"),
+        ({"init_from": "none"}, "--init_from none: there is no run 'none'"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(changes, message):

@@ -17,7 +17,7 @@ import train_vqvae
 from common.config import UserError, flatten, load_config, saved_config
 from common.disk import building
 from common.run import check_run, find_run, git_state
-from pretrained import initialize
+from pretrained import read_pretrained
 
 COMMIT = "b2c9ea088fbf532d035815d6a8d86331bb2d90cc"
 
@@ -66,7 +66,7 @@ def test_the_newest_run_is_named_even_if_an_earlier_version_made_it(workdir):
 def test_a_language_model_of_an_earlier_version_is_refused_as_initial_weights(workdir):
     run_of_an_earlier_version("old")
     with pytest.raises(UserError, match=f"runs/old was made by an earlier version.*{COMMIT}"):
-        initialize(None, "old", None, None)
+        read_pretrained("old")
 
 
 def test_a_run_made_outside_git_is_refused_too(workdir):

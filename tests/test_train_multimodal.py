@@ -280,7 +280,7 @@ def other_runs(workspace, language_model, summary):
         ("--vqvae=few", "the 8 codes of the VQ-VAE need 310; set it to 310"),
         ("--vqvae=", "--vqvae is missing; pass a run of train_vqvae.py"),
         ("--vqvae=lm", "runs/lm is not a train_vqvae.py run"),
-        ("--init_from=v", "--init_from v is not a train_llm.py run"),
+        ("--init_from=v", "--init_from v: runs/v is not a train_llm.py run"),
         ("--top_p=0", "--top_p is 0.0; it must be positive"),
         ("--model.subwords=5", "--model.subwords is 5, but subword embeddings are for text-only"),
         (f"--sample_prompts=['{'z' * 99}']", "the prompt has 99 tokens"),

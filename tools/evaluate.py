@@ -99,7 +99,8 @@ def find_tasks(tasks: str, include_path: str | None):
     for name in names:
         if name not in manager.all_subtasks:
             close = difflib.get_close_matches(name, manager.all_subtasks, n=1)
-            remedy = f"did you mean {close[0]}?" if close else "pass names of single tasks"
+            remedy = "pass names of single tasks, and the folder of your own with --include_path"
+            remedy = f"did you mean {close[0]}?" if close else remedy
             kind = "is a group of tasks" if name in manager.all_tasks else "is not a task"
             raise UserError(f"--tasks: {name!r} {kind} of lm_eval or --include_path; {remedy}")
         task = manager.task_index[name].cfg
@@ -157,11 +158,16 @@ def load_task(manager, name: str):
         else:
             task = load()
     except UserError as error:
-        text = str(error).replace(ALTERNATIVES["data source"], "pass tasks with local data")
+        text = str(error).replace(
+            ALTERNATIVES["data source"], "pass --tasks with local data (--include_path)"
+        )
         raise UserError(f"task {name}: {text}") from error
     except Exception as error:  # datasets, jinja2 and lm_eval raise many exception types
         reason = " ".join(first_line(error).split())
-        raise UserError(f"task {name} in {file} cannot be loaded: {reason}; correct it") from error
+        raise UserError(
+            f"task {name} in {file} cannot be loaded: {reason}; correct it (paths of data files "
+            "start at the current folder)"
+        ) from error
     files = [file["filename"] for split in task.dataset.values() for file in split.cache_files]
     if pin and not all(pin.revision in file for file in files):  # `datasets` falls back to those
         raise UserError(
@@ -227,7 +233,7 @@ def evaluate(model, task, cfg: Config) -> dict:
         found = lm_eval.evaluate(
             model, {"tasks": {name: task}}, limit=cfg.limit, bootstrap_iters=BOOTSTRAP
         )
-    samples, pin = found["samples"][name], PINNED.get(name)
+    samples, pin, version = found["samples"][name], PINNED.get(name), found["versions"][name]
     inputs = [arguments for sample in samples for arguments in sample["arguments"]]
     is_choice = task.OUTPUT_TYPE == "multiple_choice"
     return {
@@ -238,13 +244,13 @@ def evaluate(model, task, cfg: Config) -> dict:
         "inputs": len(inputs),
         "truncated": sum(arguments in model.truncated for arguments in inputs),
         "num_fewshot": found["n-shot"][name],
-        "task_version": found["versions"][name],
+        "task_version": version if isinstance(version, int | float) else None,
         "dataset": task.DATASET_PATH,
         "revision": pin.revision if pin else None,
         "inputs_sha256": sha256_of([inputs, [str(sample["target"]) for sample in samples]]),
         "device": device_name(model.device),
         "date": datetime.now().isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *map(redact, sys.argv[1:])],
+        "command": ["-m", "tools.evaluate", *map(redact, sys.argv[1:])],
     }
 
 

@@ -1,9 +1,9 @@
 """Export the language model of a run as a folder for the transformers library, and publish it.
 
-    python -m tools.export_hf NAME my-model                     # a run, its folder or a checkpoint
-    python -m tools.export_hf NAME my-model --push USER/REPO    # also upload it to the hub
+    python -m tools.export_hf NAME exports/NAME                     # a run or a checkpoint
+    python -m tools.export_hf NAME exports/NAME --push USER/REPO    # also upload it to the hub
 
-`AutoModelForCausalLM.from_pretrained("my-model", trust_remote_code=True)` then loads it; a model
+`AutoModelForCausalLM.from_pretrained("exports/NAME", trust_remote_code=True)` loads it; a model
 without value embeddings and Canon layers needs no trust_remote_code. Of a multimodal run, the text
 part is exported. The tokenizer puts an end-of-text token before every text, as training did.
 """
@@ -157,14 +157,16 @@ Code: commit {commit}. Settings:
 
 - It is a base model: it continues text. It was not trained to follow instructions or to refuse any,
   and nothing checks what it writes.
-- It has seen only the data named above, once or a few times, so it knows little and invents much.
+- It has seen only its training data (data.source above), once or a few times, so it knows little
+  and invents much.
 - Its context is {context} tokens; longer inputs are an error.
 - The tokenizer puts an end-of-text token before every text, as in training.
 {image_tokens}"""
 CUSTOM_CODE = """
 The architecture is not part of transformers. `trust_remote_code=True` runs `modeling_blueberry.py`
 and `model.py` of this folder, so read them first. Beam search, padding on either side and a cache
-are supported; `inputs_embeds`, `position_ids`, assisted generation and static caches are not.
+are supported; `inputs_embeds`, `position_ids`, hidden states, attention weights, gradient
+checkpointing and assisted generation are not.
 """
 IMAGE_TOKENS = """
 ## Image tokens
@@ -210,17 +212,16 @@ def header(source: str | dict) -> dict:
     return metadata | ({"datasets": sorted(set(on_hub))} if on_hub else {})
 
 
-RESULTS = {
-    "val_loss": "validation loss, nats per token",
-    "val_bpb": "validation loss, bits per byte",
-    "image_loss": "of which image tokens",
-    "step": "training steps",
-    "tokens": "training tokens",
-    "params": "parameters in training",
-    "train_seconds": "training time in seconds",
-    "device": "trained on",
-    "cost_usd": "cost in US dollars",
-    "note": "note",
+RESULTS = {  # what the model card shows of summary and evaluations: (label, number format)
+    "val_loss": ("validation loss, nats per token", ".4f"),
+    "val_bpb": ("validation loss, bits per byte", ".4f"),
+    "step": ("training steps", ",d"),
+    "tokens": ("training tokens", ",d"),
+    "params": ("parameters in training", ",d"),
+    "train_seconds": ("training time in seconds", ",.0f"),
+    "device": ("trained on", ""),
+    "cost_usd": ("cost in US dollars", ".2f"),
+    "note": ("note", ""),
 }
 
 
@@ -237,8 +238,8 @@ def results_table(run: Path, checkpoint: Path) -> str:
     else:
         values["note"] = f"exported after step {step}, before the training had finished"
     lines = [
-        f"| {label} | {f'{values[key]:,.4f}' if isinstance(values[key], float) else values[key]} |"
-        for key, label in RESULTS.items()
+        f"| {label} | {values[key]:{form}} |"
+        for key, (label, form) in RESULTS.items()
         if values.get(key)
     ]
     return "\n".join(["| | |", "| --- | --- |", *lines])
@@ -269,8 +270,6 @@ def export(name: str, out: Path, repository: str | None = None) -> Path:
     """
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists; delete it or choose another folder")
-    if not name:
-        raise UserError("pass a run and a folder: python -m tools.export_hf NAME FOLDER")
     run, checkpoint, config = find_run(name)
     if config["stage"] == "vqvae":
         raise UserError(

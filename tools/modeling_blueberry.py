@@ -65,8 +65,9 @@ class BlueberryCache(KVCache):
 class BlueberryForCausalLM(PreTrainedModel, GenerationMixin):
     """The language model of model.py with the interface of transformers.
 
-    It refuses what model.py cannot compute: `inputs_embeds`, `position_ids`, attention outputs,
-    assisted generation, and more positions than the model's context.
+    It refuses what model.py cannot compute: `inputs_embeds`, `position_ids`, hidden states,
+    attention weights, gradient checkpointing, assisted generation, and more positions than the
+    model's context, where generation ends.
     """
 
     config_class = BlueberryConfig
@@ -93,6 +94,12 @@ class BlueberryForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, embed: nn.Embedding) -> None:
         self.model.embed = embed
+
+    def _prepare_generated_length(self, generation_config, **kwargs):
+        """Stop where the context is full, as generate.py does."""
+        config = super()._prepare_generated_length(generation_config, **kwargs)
+        config.max_length = min(config.max_length, self.config.seq_len)
+        return config
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -154,8 +161,7 @@ class BlueberryForCausalLM(PreTrainedModel, GenerationMixin):
 def check_positions(n: int, seq_len: int) -> None:
     if n > seq_len:
         raise ValueError(
-            f"the sequence has {n} positions, but the model's context is {seq_len}; shorten the "
-            "input or lower max_new_tokens"
+            f"the sequence has {n} positions, but the model's context is {seq_len}; shorten it"
         )
 
 
