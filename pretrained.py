@@ -80,8 +80,9 @@ def to_apertus(weights: dict[str, Tensor], d_model: int) -> dict[str, Tensor]:
 def from_apertus(weights: dict[str, Tensor], d_model: int) -> dict[str, Tensor]:
     """The inverse of to_apertus. Raises ValueError if the two embedding tables differ."""
     ours = {theirs: part for part, theirs in PARTS.items()}
-    embed = weights["lm_head.weight"].float()  # (V, C)
-    if not torch.allclose(weights["model.embed_tokens.weight"].float(), embed * d_model**0.5):
+    embed, scaled = weights["lm_head.weight"], weights["model.embed_tokens.weight"]  # (V, C) each
+    rounding, embed = torch.finfo(embed.dtype).eps, embed.float()
+    if not torch.allclose(scaled.float(), embed * math.sqrt(d_model), rtol=2 * rounding, atol=0):
         raise ValueError(
             "its input and output embeddings have been trained separately, but model.py ties them"
         )

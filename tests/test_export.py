@@ -528,6 +528,16 @@ def test_training_starts_where_the_other_run_ended(source):
     assert summary["val_loss"] < train(run=f"not-{run}", **settings)["val_loss"] - 0.3
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_training_starts_from_an_export_that_transformers_saved_in_bfloat16(name):
+    theirs(name)[0].bfloat16().save_pretrained(f"{name}-bf16")
+    theirs(name)[1].save_pretrained(f"{name}-bf16")
+    settings = RUNS[name] | FROZEN | {"data__tokenizer": f"runs/{name}/tokenizer"}
+    summary = train(run=f"from-{name}-bf16", init_from=f"{name}-bf16", **settings)
+    before = json.loads(Path(f"runs/{name}/summary.json").read_text())
+    assert summary["val_loss"] == pytest.approx(before["val_loss"], abs=0.01)
+
+
 def test_a_run_with_other_subwords_starts_from_the_same_function():
     settings = {**RUNS["plain"], "model__subwords": 0, **FROZEN}
     tokenizer = {"data__tokenizer": "exports/plain"}

@@ -55,7 +55,7 @@ UPDATE_SECONDS = 0.05  # between updates of a text; a browser that gets too many
 SETTINGS = {  # lowest and highest value, step, default, help
     "temperature": (0, 2, 0.05, 0.8, "0: always the most likely token"),
     "top_k": (0, 200, 1, 0, "Only the k most likely tokens; 0: all"),
-    "top_p": (0.01, 1, 0.01, 1, "Only the likeliest tokens that add up to this probability"),
+    "top_p": (0.01, 1, 0.01, 1, "Only the most likely tokens that add up to this probability"),
     "max_tokens": (1, 1000, 1, 200, "Length of the continuation"),
     "guidance": (0, 10, 0.1, 1, "How closely to follow the prompt; 1: no guidance"),
     "count": (1, 16, 1, 4, "Number of images"),
