@@ -55,6 +55,12 @@ def test_more_processes_than_devices_are_an_error(monkeypatch):
         module.select_device(torch.device("cuda"))
 
 
+def test_a_device_that_is_not_there_is_an_error_with_or_without_torchrun(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="--device cuda cannot be used: PyTorch finds no cuda dev"):
+        resolve_device(SimpleNamespace(device="cuda", dtype="float32"))
+
+
 # ---- dtype
 @pytest.mark.parametrize(
     "name, fast, expected",

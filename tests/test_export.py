@@ -366,6 +366,14 @@ def test_the_card_has_results_recipe_data_command_and_limits():
     assert "trust_remote_code" not in card("plain")
 
 
+def test_the_card_of_a_continued_model_names_what_it_started_from():
+    settings = RUNS["extras"] | {"data__tokenizer": "runs/extras/tokenizer", "tokens": 256}
+    train(run="continued", init_from="extras", **settings)
+    export_hf.export("continued", Path("exports/continued"))
+    assert "trained from extras with Blueberry" in card("continued")
+    assert "trained from scratch with Blueberry" in card("extras")
+
+
 def test_the_snippet_in_the_card_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", card("extras"), re.S)
     exec(code.replace("max_new_tokens=100", "max_new_tokens=5"), {})
@@ -572,8 +580,9 @@ def test_a_model_that_does_not_fit_is_refused(changes, message):
     tokenizer = {"data__tokenizer": "runs/extras/tokenizer"}
     settings = RUNS["extras"] | tokenizer | {"init_from": "exports/extras"} | changes
     with pytest.raises(UserError, match=message):
-        train(run="refused", **settings)
+        train(run="refused", data__cache="unused", **settings)
     assert not Path("runs/refused").exists()
+    assert not Path("unused/tokens").exists()  # nothing was prepared
 
 
 def damaged(name: str, **changes) -> None:

@@ -231,3 +231,22 @@ def test_reading_the_commit_writes_nothing_into_the_checkout(tmp_path, monkeypat
     monkeypatch.setattr("common.run.ROOT", tmp_path)
     assert git_state()["dirty"] is False
     assert (tmp_path / ".git/index").read_bytes() == index
+
+
+@pytest.mark.parametrize(
+    "file, dirty",
+    [("b.py", True), ("common/b.py", True), ("data/b.py", True), ("exports/a/model.py", False)],
+)
+def test_code_is_dirty_if_a_file_that_its_hash_covers_is_not_committed(
+    tmp_path, monkeypatch, file, dirty
+):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=n@example.org"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr("common.run.ROOT", tmp_path)
+    before = git_state()
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("1\n")
+    after = git_state()
+    assert (before["dirty"], after["dirty"]) == (False, dirty)
+    assert (before["code_sha256"] != after["code_sha256"]) is dirty

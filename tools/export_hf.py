@@ -124,7 +124,7 @@ CARD = """---
 
 # {name}
 
-A language model with {params:,} parameters, trained from scratch with Blueberry, the 5-dollar LLM.
+A language model with {params:,} parameters, trained {origin} with Blueberry, the 5-dollar LLM.
 
 With transformers {version}, the version it was exported with:
 
@@ -175,8 +175,11 @@ This is the text part of a model that also generates images: its vocabulary has 
 tokens only. The whole model continues with `<seg_start>` ({start}), `<seg_end>` ({end}) and the
 {n_codes} image tokens from {first} to {last}, in sequences
 `[BOS] text <seg_start> image tokens <seg_end> [EOS]`. To generate images, use the run itself with
-generate.py. Unless text_frac below is above 0, the text part has learned from captions only.
+generate.py. Unless text_frac or init_from is set above, the text part has seen only captions.
 """
+
+
+NOT_RECIPE = ("stage", "run", "resume", "wandb", "device", "gpu_hourly_usd", "sample_prompts")
 
 
 def model_card(run: Path, checkpoint: Path, config: dict, model: Llama, folder: str) -> str:
@@ -187,6 +190,7 @@ def model_card(run: Path, checkpoint: Path, config: dict, model: Llama, folder: 
     return CARD.format(
         header=yaml.safe_dump(header(config["data"]["source"]), sort_keys=False).strip(),
         name=run.name,
+        origin=f"from {config['init_from']}" if config.get("init_from") else "from scratch",
         version=transformers.__version__,
         folder=folder,
         params=model.n_params(),
@@ -199,9 +203,6 @@ def model_card(run: Path, checkpoint: Path, config: dict, model: Llama, folder: 
         context=model.config.seq_len,
         image_tokens=image_tokens(config, model.config.vocab_size),
     )
-
-
-NOT_RECIPE = ("stage", "run", "resume", "wandb", "device", "gpu_hourly_usd", "sample_prompts")
 
 
 def header(source: str | dict) -> dict:
