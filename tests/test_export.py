@@ -328,6 +328,7 @@ def test_the_tokenizer_puts_end_of_text_before_a_text_as_training_did():
     tokenizer = theirs("extras")[1]
     assert tokenizer("a").input_ids == [0, *tokenizer("a", add_special_tokens=False).input_ids]
     assert tokenizer.convert_ids_to_tokens(0) == "<|endoftext|>" == tokenizer.bos_token
+    assert theirs("extras")[0].generation_config.pad_token_id == 0 == tokenizer.pad_token_id
     for text in sentences(20):
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
