@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import ROOT, flags, script
+from scipy.stats import ttest_rel
 
 import train_llm
 from common.config import UserError, to_plain
@@ -80,9 +81,9 @@ def fake_run(
     return folder
 
 
-def fake_side(name: str, mean: float, n: int = 5, **changes) -> None:
+def fake_side(name: str, mean: float, n: int = 5, noise: float = 0.003, **changes) -> None:
     for seed in range(n):
-        loss = mean + 0.003 * (-1) ** seed + 0.0001 * seed
+        loss = mean + noise * (-1) ** seed + 0.0001 * seed
         fake_run(name, seed, loss, seconds=100 + seed, **changes)
 
 
@@ -197,32 +198,48 @@ def referring(referring_template, tmp_path, monkeypatch):
 
 
 # ---- statistics
-def n_accepted(gain: float, n_base: int, n_new: int) -> int:
-    """Improvements accepted in 1,000 comparisons with a loss lower by `gain` sigmas, equal time."""
+def n_accepted(gain: float, n_base: int, n_new: int, correlation: float = 0) -> int:
+    """Improvements accepted in 1,000 comparisons with a loss lower by `gain` sigmas, equal time.
+
+    Args:
+        correlation: of the losses of both sides at the same seed.
+    """
     rng = random.Random(n_base + n_new)
 
     def sample(mean, sigma, n):
         return [rng.gauss(mean, sigma) for _ in range(n)]
 
+    def losses(mean, shared):
+        own = sample(mean, 0.003 * (1 - correlation) ** 0.5, len(shared))
+        return [x + 0.003 * correlation**0.5 * z for x, z in zip(own, shared, strict=True)]
+
     total = 0
     for _ in range(1000):
-        losses = sample(4.8, 0.003, n_base), sample(4.8 - gain * 0.003, 0.003, n_new)
+        shared = sample(0, 1, max(n_base, n_new))
+        sides = losses(4.8, shared[:n_base]), losses(4.8 - gain * 0.003, shared[:n_new])
         seconds = sample(300, 3, n_base), sample(300, 3, n_new)
-        total += trials.compare(*losses, *seconds)["improvement"]
+        total += trials.compare(*sides, *seconds)["improvement"]
     return total
 
 
-@pytest.mark.parametrize("n_base, n_new", [(3, 3), (5, 5), (7, 5)])
-def test_no_change_is_accepted_in_at_most_two_of_a_hundred_comparisons(n_base, n_new):
-    assert 1 <= n_accepted(0, n_base, n_new) <= 20
+@pytest.mark.parametrize(
+    "n_base, n_new, correlation", [(3, 3, 0), (5, 5, 0), (5, 5, 0.9), (7, 5, 0.9)]
+)
+def test_no_change_is_accepted_in_at_most_two_of_a_hundred_comparisons(n_base, n_new, correlation):
+    assert 1 <= n_accepted(0, n_base, n_new, correlation) <= 20
+
+
+def test_a_gain_of_one_sigma_is_accepted_if_the_seed_moves_both_sides_alike():
+    assert n_accepted(1, 5, 5, 0.95) >= 960  # Welch's test accepts 110
 
 
 def test_a_gain_of_three_sigmas_is_accepted():
-    assert n_accepted(3, 7, 5) >= 950  # seven and five seeds; five and five accept about 920
+    assert n_accepted(3, 7, 7) >= 950
 
 
 LOSS = [4.800, 4.803, 4.797, 4.801, 4.799]
-SAME_LOSS, LOWER, HIGHER = ([x + change for x in LOSS] for change in (0.0002, -0.05, 0.05))
+SAME_LOSS = [4.802, 4.799, 4.800, 4.798, 4.801]
+LOWER, HIGHER = ([x + change for x in SAME_LOSS] for change in (-0.05, 0.05))
 SECONDS = [100, 100.1, 100.2, 99.9, 100.3]
 FASTER, SLOWER = ([x + change for x in SECONDS] for change in (-10, 10))
 
@@ -245,11 +262,157 @@ def test_the_verdict_puts_loss_before_speed(losses, seconds, good, reason):
     assert reason in verdict[1]
 
 
-def test_the_confidence_interval_agrees_with_a_calculation_by_hand():
-    low, high = trials.compare(LOSS, LOWER, SECONDS, SECONDS)["ci95"]
-    # equal variances of 5e-6 and n = 5: df = 8, standard error sqrt(2 * 5e-6 / 5), quantile 2.306
-    assert (high - low) / 2 == pytest.approx(2.306 * (2 * 5e-6 / 5) ** 0.5, rel=1e-3)
+def test_the_interval_of_welch_agrees_with_a_calculation_by_hand():
+    comparison = trials.compare(LOSS[:3], [x - 0.05 for x in LOSS[:3]], SECONDS, SECONDS)
+    low, high = comparison["ci95"]
+    # equal variances of 9e-6 and n = 3: df = 4, standard error sqrt(2 * 9e-6 / 3), quantile 2.776
+    assert (high - low) / 2 == pytest.approx(2.776 * (2 * 9e-6 / 3) ** 0.5, rel=1e-3)
     assert (high + low) / 2 == pytest.approx(-0.05)
+    assert comparison["difference"] == pytest.approx(-0.05)
+
+
+def test_the_interval_of_pairs_agrees_with_a_calculation_by_hand():
+    low, high = trials.compare(LOSS, LOWER, SECONDS, SECONDS)["ci95"]
+    # differences -0.05 + (2, -4, 3, -3, 2) / 1000: variance 1.05e-5, df = 4, quantile 2.776
+    assert (high - low) / 2 == pytest.approx(2.776 * (1.05e-5 / 5) ** 0.5, rel=1e-3)
+    assert (high + low) / 2 == pytest.approx(-0.05)
+
+
+# ---- pairs of seeds
+NOISY = [4.80, 4.83, 4.79, 4.82, 4.81, 4.84, 4.78]
+STEADY_GAIN = [0.010, 0.012, 0.009, 0.011, 0.010, 0.009, 0.011]
+NOISY_LOWER = [x - gain for x, gain in zip(NOISY, STEADY_GAIN, strict=True)]
+
+
+def compare_losses(base: list[float], new: list[float], new_seconds: float = 100) -> dict:
+    """A comparison with training times that differ by the machine's noise alone, or by 10%."""
+    return trials.compare(
+        base,
+        new,
+        [100 + i / 100 for i in range(len(base))],
+        [new_seconds + i / 100 for i in range(len(new))],
+    )
+
+
+@pytest.mark.parametrize("n", [5, 7])
+def test_a_small_steady_gain_is_accepted_from_five_pairs_on(n):
+    comparison = compare_losses(NOISY[:n], NOISY_LOWER[:n])
+    assert comparison["improvement"]
+    assert comparison["p_lower"] == pytest.approx(
+        ttest_rel(NOISY_LOWER[:n], NOISY[:n], alternative="less").pvalue
+    )
+    assert trials.welch_test(NOISY[:n], NOISY_LOWER[:n])["p_lower"] > 0.1
+
+
+@pytest.mark.parametrize("n_base, n_new", [(3, 3), (4, 4), (7, 4), (4, 7)])
+def test_fewer_than_five_shared_seeds_are_compared_by_welch(n_base, n_new):
+    base, new = NOISY[:n_base], NOISY_LOWER[:n_new]
+    comparison = compare_losses(base, new)
+    assert comparison.items() >= trials.welch_test(base, new).items()
+    assert not comparison["improvement"]
+    assert "test" not in comparison
+
+
+@pytest.mark.parametrize("n_base, n_new", [(7, 5), (5, 7)])
+def test_only_the_shared_seeds_are_pairs(n_base, n_new):
+    pairs = compare_losses(NOISY[:5], NOISY_LOWER[:5])
+    comparison = compare_losses(NOISY[:n_base], NOISY_LOWER[:n_new])
+    assert comparison["differences"] == pytest.approx([-gain for gain in STEADY_GAIN[:5]])
+    for key in ("difference", "ci95", "p_lower"):
+        assert comparison[key] == pairs[key]
+
+
+@pytest.mark.parametrize(
+    "t, seconds, good, reason",
+    [
+        (-3.76, 100, True, "the loss is lower"),  # 3.747: quantile 0.99 of t with df = 4
+        (-3.73, 100, False, "the loss is not lower"),
+        (2.12, 90, True, "equal within noise"),  # 2.132: quantile 0.95
+        (2.14, 90, False, "the loss is higher"),
+    ],
+)
+def test_pairs_keep_the_limits_of_p(t, seconds, good, reason):
+    # deviations of -2, -1, 0, 1, 2 thousandths: standard error sqrt(2.5 / 5) thousandths
+    changes = [(t * 0.5**0.5 + deviation) / 1000 for deviation in (-2, -1, 0, 1, 2)]
+    new = [x + change for x, change in zip(NOISY, changes, strict=False)]
+    assert trials.verdict(compare_losses(NOISY[:5], new, seconds))[0] is good
+    assert reason in trials.verdict(compare_losses(NOISY[:5], new, seconds))[1]
+
+
+@pytest.mark.parametrize("change, p", [(-0.25, 0), (0, 0.5), (0.25, 1)])
+def test_equal_differences_have_a_p_and_an_interval(change, p):
+    base = [4.5, 4.75, 5.0, 4.25, 5.25]  # with 0.25, exact in binary
+    comparison = compare_losses(base, [x + change for x in base])
+    assert comparison["p_lower"] == p
+    assert comparison["ci95"] == [change, change]
+    assert comparison["improvement"] is (change < 0)
+
+
+def test_times_that_drift_are_not_compared_in_pairs():
+    drifting = [100, 110, 120, 130, 140]
+    comparison = trials.compare(LOSS, SAME_LOSS, drifting, [x - 1 for x in drifting])
+    assert comparison["p_faster"] > 0.1
+    assert not comparison["improvement"]
+
+
+@pytest.fixture
+def noisy(project):
+    """Seven trials with noisy losses, and five that are lower by about the same at each seed."""
+    for seed in range(7):
+        fake_run("noisy", seed, NOISY[seed], seconds=100 + seed)
+    for seed in range(5):
+        fake_run("steady", seed, NOISY_LOWER[seed], seconds=100 + seed)
+
+
+def test_compare_prints_the_test_and_each_difference(noisy, capsys):
+    record.main(["compare", "runs/noisy-*", "--", "runs/steady-*"])
+    out = capsys.readouterr().out
+    expected = [
+        "| seed | 0 | 1 | 2 | 3 | 4 | mean ± sd |\n",
+        "| -0.0100 | -0.0120 | -0.0090 | -0.0110 | -0.0100 | -0.0104 ± 0.0011 |\n",
+        "loss: -0.0104 (95% confidence interval -0.0118 to -0.0090;\npaired t-test, one-sided p = ",
+    ]
+    assert [part for part in expected if part not in out] == []
+
+
+def test_the_order_of_the_runs_does_not_matter(noisy, capsys):
+    base, new = (sorted(map(str, Path("runs").glob(f"{s}-*"))) for s in ("noisy", "steady"))
+    record.main(["compare", *base, "--", *new])
+    in_order = capsys.readouterr().out
+    record.main(["compare", *base[::-1], "--", *new[2:], *new[:2]])
+    assert capsys.readouterr().out == in_order
+
+
+def test_a_record_says_how_its_seeds_were_compared(noisy):
+    submit("steady", "runs/noisy-*", "runs/steady-*")
+    stats = metadata_of("steady")["statistics"]
+    assert stats["test"] == "paired t-test"
+    assert stats["differences"] == pytest.approx([-gain for gain in STEADY_GAIN[:5]])
+    record.main(["check"])
+
+
+def test_a_record_of_three_seeds_is_compared_by_welch(project):
+    remove("base-seed3", "base-seed4", "new-seed3", "new-seed4")
+    submit()
+    page = (folder_of("cooler") / "README.md").read_text()
+    assert "Welch's t-test" in page
+    assert "| seed |" not in page
+    assert "test" not in metadata_of("cooler")["statistics"]
+
+
+def test_a_faster_recipe_with_the_same_losses_makes_a_valid_record(project):
+    for seed in range(5):
+        base = json.loads(Path(f"runs/base-seed{seed}/summary.json").read_text())
+        fake_run("fast", seed, base["val_loss"], seconds=50 + seed)
+    submit("fast", new="runs/fast-*")
+    assert metadata_of("fast")["statistics"]["ci95"] == [0, 0]
+    record.main(["check"])
+
+
+def test_a_record_that_is_steadily_behind_the_best_is_refused(copied):
+    fake_side("behind", 4.7005)
+    error = submit_error("behind", "runs/base-*", "runs/behind-*")
+    assert "is behind the record cooler: the loss is higher by 0.0005" in error
 
 
 # ---- evaluation hash
@@ -597,7 +760,7 @@ def test_a_refused_record_writes_nothing(referring, name, base, new, message):
 
 
 def test_no_improvement_makes_no_record(project):
-    fake_side("same", 4.8001)
+    fake_side("same", 4.8001, noise=-0.003)
     before = written()
     error = submit_error("cooler", "runs/base-*", "runs/same-*")
     assert "no improvement: the loss is not lower" in error
@@ -729,6 +892,12 @@ FORGERIES = {
     ),
     "statistics.p_lower does not follow": lambda: forge_metadata(
         lambda metadata: metadata["statistics"].update(p_lower=1e-9)
+    ),
+    "statistics.test does not follow": lambda: forge_metadata(
+        lambda metadata: metadata["statistics"].pop("test")
+    ),
+    "statistics.differences does not follow": lambda: forge_metadata(
+        lambda metadata: metadata["statistics"]["differences"].pop()
     ),
     "stars does not follow": lambda: set_metadata(stars=5),
     "must each be one line of text": lambda: set_metadata(who=" "),
@@ -1124,7 +1293,7 @@ def test_publish_repairs_the_pages(copied):
 @pytest.fixture
 def lucky(project, monkeypatch):
     """A record without an improvement, as if `submit` had not refused it."""
-    fake_side("same", 4.8001)
+    fake_side("same", 4.8001, noise=-0.003)
     real = trials.compare
     with monkeypatch.context() as patch:
         patch.setattr(trials, "compare", lambda *args: real(*args) | {"improvement": True})

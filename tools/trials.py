@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from glob import glob
@@ -11,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import yaml
+from scipy.stats import t as student_t
 from scipy.stats import ttest_ind
 
 from common.config import UserError, first_line, flatten
@@ -72,6 +74,7 @@ BUDGETS = {
     "1B": 1_000_000_000,
 }
 MAX_PARAMS, SMALL_MAX_PARAMS, MIN_SEEDS, MAX_SEEDS = 90_000_000, 7_000_000, 3, 1000
+MIN_PAIRS = 5  # seeds on both sides that a paired test needs; docs/LOG.md 2026-11-28
 P_LOSS = 0.01  # the probability of accepting a loss that is not lower
 # The probability of accepting a training time that is not lower. It is stricter so that both
 # together stay below 2%, and because a machine's speed drifts.
@@ -370,23 +373,52 @@ def compare(
     base_seconds: list[float],
     new_seconds: list[float],
 ) -> dict:
-    """Welch's t-tests (Biometrika 34, 1947) of losses (nats per token) and times (seconds).
+    """Compare losses (nats per token) and training times (seconds), each in the order of seeds.
 
+    Losses: a paired t-test over the seeds of both sides if there are at least MIN_PAIRS, otherwise
+    Welch's. Times: always Welch's, because steady drift of the machine looks like a gain in pairs.
     p_lower and p_faster are one-sided: the probability of a difference at least this large if the
     new recipe is no better.
     """
-    loss = ttest_ind(new_loss, base_loss, equal_var=False)
-    low, high = loss.confidence_interval(0.95)
-    p_lower = ttest_ind(new_loss, base_loss, equal_var=False, alternative="less").pvalue
-    p_faster = ttest_ind(new_seconds, base_seconds, equal_var=False, alternative="less").pvalue
-    comparison = {
-        "difference": statistics.mean(new_loss) - statistics.mean(base_loss),
-        "ci95": [low, high],
-        "p_lower": p_lower,
+    pairs = min(len(base_loss), len(new_loss))
+    if pairs >= MIN_PAIRS:
+        comparison = paired_test(base_loss[:pairs], new_loss[:pairs])
+    else:
+        comparison = welch_test(base_loss, new_loss)
+    comparison |= {
         "time_ratio": statistics.mean(new_seconds) / statistics.mean(base_seconds),
-        "p_faster": p_faster,
+        "p_faster": welch_test(base_seconds, new_seconds)["p_lower"],
     }
     return comparison | {"improvement": verdict(comparison)[0]}
+
+
+def welch_test(base: list[float], new: list[float]) -> dict:
+    """Difference of the means, its 95% interval and p of Welch's t-test (Biometrika 34, 1947)."""
+    low, high = ttest_ind(new, base, equal_var=False).confidence_interval(0.95)
+    return {
+        "difference": statistics.mean(new) - statistics.mean(base),
+        "ci95": [low, high],
+        "p_lower": ttest_ind(new, base, equal_var=False, alternative="less").pvalue,
+    }
+
+
+def paired_test(base: list[float], new: list[float]) -> dict:
+    """The same of a paired t-test, its name, and the differences; entry i of both sides is a pair.
+
+    Statistics without a name (`test`) are Welch's.
+    """
+    differences = [b - a for a, b in zip(base, new, strict=True)]
+    mean, df = statistics.mean(differences), len(differences) - 1
+    error = stdev(differences) / math.sqrt(len(differences))
+    half_width = student_t.ppf(0.975, df) * error
+    return {
+        "difference": mean,
+        "ci95": [mean - half_width, mean + half_width],
+        # error is 0 if a change, e.g. of speed, leaves every loss as it was
+        "p_lower": student_t.cdf(mean / max(error, sys.float_info.min), df),
+        "test": "paired t-test",
+        "differences": differences,
+    }
 
 
 def verdict(comparison: dict) -> tuple[bool, str]:
@@ -437,12 +469,24 @@ def comparison_table(stats: dict) -> str:
     if "base" in stats:
         low, high = stats["ci95"]
         good, reason = verdict(stats)
+        test = stats.get("test", "Welch's t-test")
+        if differences := stats.get("differences"):
+            text += f"\n{differences_table(differences)}"
         text += (
             f"\nDifference in validation loss: {stats['difference']:+.4f} "
             f"(95% confidence interval {low:+.4f} to {high:+.4f};\n"
-            f"Welch's t-test, one-sided p = {stats['p_lower']:.3g}). "
+            f"{test}, one-sided p = {stats['p_lower']:.3g}). "
             f"Training time: {stats['time_ratio']:.3f}x the baseline's "
             f"(p = {stats['p_faster']:.3g}).\n\n"
             f"{'Improvement' if good else 'No improvement'}: {reason}.\n"
         )
     return text
+
+
+def differences_table(differences: list[float]) -> str:
+    """New minus baseline validation loss of each seed, mean and stdev, as a Markdown table."""
+    summary = f"{statistics.mean(differences):+.4f} ± {stdev(differences):.4f}"
+    cells = [f"{difference:+.4f}" for difference in differences]
+    return markdown_table(
+        [["seed", *range(len(cells)), "mean ± sd"], ["new - baseline", *cells, summary]]
+    )
