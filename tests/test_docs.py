@@ -12,7 +12,7 @@ import train_llm
 import train_multimodal
 import train_vqvae
 from common.config import UserError, load_config
-from tools import bench, evaluate, export_hf, playground, record, scaling, score_images
+from tools import bench, evaluate, export_hf, ladder, playground, record, scaling, score_images
 
 CONFIGS = {
     "train_llm.py": train_llm.Config,
@@ -25,6 +25,8 @@ CONFIGS = {
     "-m tools.playground": playground.Config,
     "-m tools.score_images": score_images.Config,
     "-m tools.record trials": record.TrialsConfig,
+    "-m tools.ladder train": ladder.TrainConfig,
+    "-m tools.ladder report": ladder.ReportConfig,
 }
 # Commands without a config class; `python -m pytest` and the like are not the project's.
 OTHERS = {f"-m tools.record {name}" for name in ("compare", "submit", "check", "publish")}
@@ -69,7 +71,8 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     split = [shlex.split(command.replace("\\\n", " ")) for command in COMMAND.findall(text)]
     found = []
     for words in split:
-        n = 3 if words[1:2] == ["tools.record"] else 2 if words[0] == "-m" else 1
+        is_command = {*words[1:2]} & {"tools.record", "tools.ladder"}
+        n = 3 if is_command else 2 if words[0] == "-m" else 1
         found.append((" ".join(words[:n]), words[n:]))
     return found
 
