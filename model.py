@@ -5,7 +5,7 @@ MLP (arXiv 2109.08668), no biases, tied input and output embeddings. Weights are
 pass casts them to `compute_dtype` where they are used, so the optimizer always sees full precision.
 `Llama.for_inference` casts them once.
 
-Four optional additions, each off at 0 or False in ModelConfig:
+Five optional additions, each off at 0 or False in ModelConfig:
 
 - subwords: as in fastText (arXiv 1607.04606), a token's embedding is its own vector plus the
   vectors of its prefixes, suffixes, lowercase form and letter case, which other tokens share.
@@ -13,6 +13,8 @@ Four optional additions, each off at 0 or False in ModelConfig:
   values, so deep layers still know which token each position holds (value embeddings).
 - canon: before attention and before the MLP, a Canon layer (arXiv 2512.17351) adds the few
   preceding positions to each position with a learned weight per channel.
+- pointer: with a learned probability, the next token is copied from the context (pointer sentinel
+  mixture, arXiv 1609.07843), so the model need not learn in its weights that texts repeat words.
 - n_image_positions: a learned embedding per position of an image tells the model which image
   position the next token fills.
 
@@ -24,6 +26,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +74,9 @@ class ModelConfig:
     canon: int = 0
     """Number of preceding positions that Canon layers add, with a learned weight per channel, to
     the inputs of attention and MLP; 0 turns Canon layers off."""
+    pointer: int = 0
+    """Width in channels of the queries and keys of the pointer, which copies tokens of the context;
+    0 turns it off. Text-only models."""
     n_image_positions: int = 0
     """Number of image tokens per image; a learned embedding of the image position is added where
     the next token is an image token; 0 for text-only models."""
@@ -81,7 +87,7 @@ class ModelConfig:
                 f"model.vocab_size is {self.vocab_size}; it must be at most 65536 to fit the "
                 "uint16 token files"
             )
-        can_be_zero = ("subwords", "value_embed", "canon", "n_image_positions")
+        can_be_zero = ("subwords", "value_embed", "canon", "pointer", "n_image_positions")
         for name, value in vars(self).items():
             if value < 0 or (value == 0 and name not in can_be_zero):
                 raise ValueError(
@@ -189,6 +195,9 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.recent: dict[Canon, Tensor] = {}  # last inputs of each Canon layer, (B, canon, C)
+        self.pointer_keys = torch.zeros(batch, S, config.pointer, device=device, dtype=dtype)
+        # one more than S, because the last key goes with the token after it
+        self.tokens = torch.zeros(batch, S + 1, device=device, dtype=torch.long)
         self.position = torch.zeros(1, dtype=torch.long, device=device)  # `length` on the device
         self.length = 0
         self.n_padding = n_padding
@@ -217,6 +226,12 @@ class KVCache:
         keys.index_copy_(2, self.index, k)
         values.index_copy_(2, self.index, v)
         return keys[:, :, : self.extent], values[:, :, : self.extent]  # (B, G, extent, D) each
+
+    def append_pointer(self, keys: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys (B, T, P) and tokens (B, T); return `extent` keys and the token after each."""
+        self.pointer_keys.index_copy_(1, self.index, keys)
+        self.tokens.index_copy_(1, self.index, tokens)
+        return self.pointer_keys[:, : self.extent], self.tokens[:, 1 : self.extent + 1]
 
 
 def eagerly(step: Callable[[], None]) -> Callable[[], None]:
@@ -323,6 +338,53 @@ class Block(nn.Module):
         return x + self.mlp(h)
 
 
+# ---- pointer
+
+
+class Copies(NamedTuple):
+    """What each position's next token may be copied from."""
+
+    log_probs: Tensor  # (B, T, 1 + S), fp32: of generating the token, and of copying each of these:
+    tokens: Tensor  # (B, S)
+
+
+class Pointer(nn.Module):
+    """Pointer sentinel mixture (arXiv 1609.07843) over final hidden states.
+
+    A position compares itself to each earlier one and copies the token that followed it, as a
+    neural cache does (arXiv 1612.04426).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.q_proj = Linear(config.d_model, config.pointer)
+        self.k_proj = Linear(config.d_model, config.pointer)
+        self.q_norm = RMSNorm(config.pointer)
+        self.k_norm = RMSNorm(config.pointer)
+        self.sentinel = Linear(config.d_model, 1)
+
+    def forward(self, x: Tensor, tokens: Tensor, cache: KVCache | None) -> Copies:
+        """For hidden states x (B, T, C) after tokens (B, T)."""
+        T, P = x.shape[1], self.q_norm.weight.shape[0]
+        q, keys = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x))  # (B, T, P) each
+        if cache is None:
+            index = torch.arange(T, device=x.device)
+            keys, tokens = keys[:, :-1], tokens[:, 1:]  # S = T - 1
+        else:
+            index = cache.index
+            keys, tokens = cache.append_pointer(keys, tokens)  # S = extent
+        positions = torch.arange(tokens.shape[1], device=x.device)
+        hidden = (positions >= index[:, None])[None]  # (1, T, S)
+        if cache is not None and cache.n_padding is not None:
+            hidden = hidden | (positions < cache.n_padding[:, None])[:, None]  # (B, T, S)
+        scores = (q @ keys.mT).float() * P**-0.5  # (B, T, S)
+        scores = scores.masked_fill(hidden, -math.inf)
+        # relative to the number of tokens that could be copied: of 8, 1 is copied at equal scores
+        n = (~hidden).sum(-1, keepdim=True)  # (1 or B, T, 1)
+        sentinel = self.sentinel(x).float() + torch.log(7 * (n + 1))  # (B, T, 1)
+        return Copies(torch.cat((sentinel, scores), dim=-1).log_softmax(-1), tokens)
+
+
 # ---- Llama
 
 
@@ -340,6 +402,7 @@ class Llama(nn.Module):
             if config.n_image_positions
             else None
         )
+        self.pointer = Pointer(config) if config.pointer else None
         self.subwords = nn.Embedding(config.subwords, config.d_model) if config.subwords else None
         if config.subwords:  # subwords of each token, -1 for none; filled in by the training script
             self.register_buffer(
@@ -355,7 +418,7 @@ class Llama(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 nn.init.ones_(p)
-            elif name.endswith(("subwords.weight", "canon.weight")):
+            elif name.endswith(("subwords.weight", "canon.weight", "sentinel.weight")):
                 nn.init.zeros_(p)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02, generator=generator)
@@ -436,17 +499,45 @@ class Llama(nn.Module):
             x = block(x, embedding, cos, sin, cache)
         return self.norm(x)
 
-    def head(self, x: Tensor, vocab_slice: slice = slice(None)) -> Tensor:
-        """Logits (..., V) in fp32 of hidden states x (..., C), over a slice of the vocabulary."""
-        return F.linear(x, self.embed_tokens(vocab_slice).to(x.dtype)).float()  # (..., V)
+    def copies(self, x: Tensor, tokens: Tensor, cache: KVCache | None = None) -> Copies | None:
+        """What the pointer, if any, copies after hidden states x (B, T, C) of tokens (B, T)."""
+        return self.pointer(x, tokens, cache) if self.pointer is not None else None
 
-    def loss(self, x: Tensor, targets: Tensor, vocab_slice: slice = slice(None)) -> Tensor:
+    def head(
+        self, x: Tensor, vocab_slice: slice = slice(None), copies: Copies | None = None
+    ) -> Tensor:
+        """Logits (..., V) in fp32 of hidden states x (..., C), over a slice of the vocabulary.
+
+        With copies, x is (B, T, C), the slice starts at 0 and holds the context's tokens, and the
+        logits are log-probabilities.
+        """
+        logits = F.linear(x, self.embed_tokens(vocab_slice).to(x.dtype)).float()  # (..., V)
+        if copies is None:
+            return logits
+        weights = copies.log_probs.exp()  # (B, T, 1 + S)
+        tokens = copies.tokens[:, None].expand_as(weights[..., 1:])  # (B, T, S)
+        probs = logits.softmax(-1) * weights[..., :1]  # (B, T, V)
+        probs = probs.scatter_add(-1, tokens, weights[..., 1:])
+        return probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
+
+    def loss(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        vocab_slice: slice = slice(None),
+        copies: Copies | None = None,
+    ) -> Tensor:
         """Mean loss in nats per token of hidden states x (B, T, C) over a slice of the vocabulary.
 
         Targets (B, T) are indices into the slice.
         """
+        mixture = ()
+        if copies is not None:
+            match = copies.tokens[:, None] == targets[..., None]  # (B, T, S)
+            copied = (copies.log_probs[..., 1:].exp() * match).sum(-1)  # (B, T)
+            mixture = (copies.log_probs[..., 0].flatten(), copied.flatten())
         return ChunkedCrossEntropy.apply(
-            x.flatten(0, 1), self.embed_tokens(vocab_slice), targets.flatten()
+            x.flatten(0, 1), self.embed_tokens(vocab_slice), targets.flatten(), *mixture
         )
 
     def forward(
@@ -454,18 +545,27 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) in fp32 for tokens (B, T); with targets (B, T), mean nats per token."""
         x = self.hidden(tokens, cache)
-        return self.head(x) if targets is None else self.loss(x, targets)
+        copies = self.copies(x, tokens, cache)
+        return (
+            self.head(x, copies=copies) if targets is None else self.loss(x, targets, copies=copies)
+        )
 
     def n_params(self) -> int:
         """Number of parameters; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self) -> int:
-        """Training FLOPs per token: 6 per matrix weight, plus causal attention over seq_len."""
+    def flops_per_token(self, seq_len: float | None = None) -> float:
+        """Training FLOPs per token: 6 per matrix weight, plus causal attention over seq_len.
+
+        The default is config.seq_len; attention is linear in it, so it may be a mean. The pointer
+        has only the scores, half of what a layer of attention of its width computes.
+        """
+        seq_len = seq_len or self.config.seq_len
         matrices = self.embed.weight.numel() + sum(
             m.weight.numel() for m in self.modules() if isinstance(m, Linear)
         )
-        return 6 * (matrices + self.config.n_layers * self.config.d_model * self.config.seq_len)
+        channels = self.config.n_layers * self.config.d_model + self.config.pointer / 2
+        return 6 * (matrices + channels * seq_len)
 
     @torch.inference_mode()
     def generate(
@@ -501,8 +601,7 @@ class Llama(nn.Module):
         uniforms = uniforms.to(prompt.device)
         first = vocab_slice.start or 0
 
-        def choose(hidden: Tensor, i: Tensor) -> Tensor:
-            logits = self.head(hidden, vocab_slice)  # (B or 2B, V)
+        def choose(logits: Tensor, i: Tensor) -> Tensor:
             if uncond is not None:
                 with_condition, without = logits.log_softmax(-1).chunk(2)  # (B, V) each
                 logits = without + guidance * (with_condition - without)
@@ -510,7 +609,7 @@ class Llama(nn.Module):
             return tokens if uncond is None else tokens.repeat(2)  # (B or 2B,)
 
         rows = prompt if uncond is None else torch.cat((prompt, uncond))  # (B or 2B, T)
-        for tokens in self.decode(rows, n, choose, positions, record):
+        for tokens in self.decode(rows, n, choose, vocab_slice, positions, record):
             yield tokens[:B]
 
     @torch.inference_mode()
@@ -519,14 +618,16 @@ class Llama(nn.Module):
         prompt: Tensor,
         n: int,
         choose: Callable[[Tensor, Tensor], Tensor],
+        vocab_slice: slice = slice(None),
         positions: Sequence[Tensor] = (),
         record: Callable = eagerly,
     ) -> Iterator[Tensor]:
         """Yield the n tokens (B,) that follow prompt (B, T), one position at a time.
 
         Args:
-            choose: returns tokens (B,), given final hidden states (B, C) and i (1,), which counts
-                the tokens from 0.
+            choose: returns tokens (B,), given their logits (B, V) over `vocab_slice` and i (1,),
+                which counts the tokens from 0.
+            vocab_slice: a slice of the vocabulary.
             positions: position_ids (1 or B, T + n, 2) and target_positions (1 or B, T + n), see
                 `hidden`; empty for text.
             record: runs a function and returns one that runs it again. The shapes and addresses of
@@ -540,9 +641,13 @@ class Llama(nn.Module):
 
         def step(tokens: Tensor) -> None:
             index = cache.position + torch.arange(tokens.shape[1], device=tokens.device)
-            hidden = self.hidden(tokens, cache, *(p[:, index] for p in positions))[:, -1]  # (B, C)
+            x = self.hidden(tokens, cache, *(p[:, index] for p in positions))  # (B, T, C)
+            copies = self.copies(x, tokens, cache)
+            if copies is not None:
+                copies = copies._replace(log_probs=copies.log_probs[:, -1:])
+            logits = self.head(x[:, -1:], vocab_slice, copies)[:, 0]  # (B, V)
             i = cache.position - T  # (1,)
-            new = choose(hidden, i)  # (B,)
+            new = choose(logits, i)  # (B,)
             chosen.index_copy_(0, i, new[None])
             last.copy_(new[:, None])
 
@@ -597,17 +702,27 @@ def sample(
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean loss in nats of hidden states (N, C), head weight (V, C) and targets (N,).
 
+    With a pointer, the probability of a target is exp(log_generate) * softmax + copied, (N,) each.
+
     It never holds all (N, V) logits: it works on a chunk of positions at a time and computes the
     gradients in the forward pass, while the chunk's logits exist, so nothing is computed twice. The
     idea is Liger Kernel's (arXiv 2410.10989).
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        h: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        log_generate: Tensor | None = None,
+        copied: Tensor | None = None,
+    ) -> Tensor:
         w = weight.to(h.dtype)
         train = ctx.needs_input_grad[0]
         grad_h = torch.empty_like(h) if train else None
         grad_w = torch.zeros_like(weight) if train else None
+        grads = []  # of log_generate and copied for each chunk, (size,) each
         total = torch.zeros((), device=h.device)
         # matrix products on tensor cores run in tiles of up to 128 rows; a partial tile is wasted
         size = max(128, CHUNK_LOGITS // len(weight) // 128 * 128)
@@ -616,20 +731,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             target = targets[start : start + size, None]  # (size, 1)
             log_probs = (chunk @ w.T).log_softmax(-1, dtype=torch.float32)  # (size, V)
             correct = log_probs.gather(1, target)  # (size, 1)
+            generated = correct  # log of the target's probability without copying, (size, 1)
+            if copied is not None:
+                part = slice(start, start + size)
+                generated = correct + log_generate[part, None]  # (size, 1)
+                correct = torch.logaddexp(generated, copied[part, None].log())  # (size, 1)
             total -= correct.sum()
             if train:
-                grad = (
-                    log_probs.exp_()  # softmax
-                    .scatter_add_(1, target, torch.full_like(correct, -1.0))  # minus 1 at target
-                    .to(h.dtype)
-                )  # (size, V)
+                grad = log_probs.exp_()  # softmax, (size, V)
+                grad.scatter_add_(1, target, torch.full_like(correct, -1.0))  # minus 1 at target
+                if copied is not None:
+                    share = (generated - correct).exp()  # that generating has in it, (size, 1)
+                    grad *= share
+                    # clamped: infinity times the 0 of a token that is not copied is not a number
+                    grads.append((-share[:, 0], -(-correct[:, 0]).clamp(max=80).exp()))
+                grad = grad.to(h.dtype)
                 grad_h[start : start + size] = grad @ w  # (size, C)
                 grad_w += grad.T @ chunk  # (V, C)
-        ctx.save_for_backward(grad_h, grad_w)
+        grads = [torch.cat(parts) for parts in zip(*grads, strict=True)]
+        ctx.save_for_backward(grad_h, grad_w, *grads)
         return total / len(h)
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        grad_h, grad_w = ctx.saved_tensors
+        grad_h, grad_w, *grads = ctx.saved_tensors
         scale = grad_loss / len(grad_h)
-        return grad_h * scale, grad_w * scale, None
+        others = [grad * scale for grad in grads] or [None, None]
+        return grad_h * scale, grad_w * scale, None, *others

@@ -27,7 +27,13 @@ COEFFICIENTS = (
 # Optimizer groups by the ending of the parameter name: Muon, then AdamW with two learning rates
 GROUPS = {
     "muon": ("_proj.weight",),
-    "adamw": ("embed.weight", "image_positions.weight", "norm.weight", "canon.weight"),
+    "adamw": (
+        "embed.weight",
+        "image_positions.weight",
+        "norm.weight",
+        "canon.weight",
+        "sentinel.weight",
+    ),
     "subwords": ("subwords.weight",),
 }
 

@@ -1,13 +1,13 @@
 """Weights of a trained language model as the start of another run, and their names in an export.
 
 `tools/export_hf.py` writes a folder in one of two formats of the transformers library: "blueberry"
-for models with value embeddings or Canon layers, or "apertus", an architecture of transformers that
-computes the same function as a model without them.
+for models with value embeddings, Canon layers or a pointer, or "apertus", an architecture of
+transformers that computes the same function as a model without them.
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from sampling import saved_tokenizer
 # Settings of a model that its weights depend on. Subword embeddings are folded into the token
 # embeddings, and rotary positions have no weights, so neither `subwords` nor `seq_len` matters.
 SHAPE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "rope_theta")
-SHAPE += ("value_embed", "canon")
+SHAPE += ("value_embed", "canon", "pointer")
 
 # What transformers calls the settings of an "apertus" model, and parts of its weights' names.
 SETTINGS = {
@@ -57,7 +57,7 @@ class Pretrained:
 # ---- formats
 def is_plain(shape: ModelConfig) -> bool:
     """Whether the format "apertus" can hold the model, once its subwords are folded."""
-    return not shape.value_embed and not shape.canon
+    return not (shape.value_embed or shape.canon or shape.pointer)
 
 
 def to_apertus(weights: dict[str, Tensor], d_model: int) -> dict[str, Tensor]:
@@ -175,12 +175,16 @@ def initial_weights(cfg, tokenizer, parent: Path | None) -> Pretrained | None:
     """The language model cfg.init_from, after a check that it fits cfg.model and the tokenizer.
 
     None if there is nothing to start from, or if `parent`, the run being resumed, has a checkpoint.
-    Raises UserError.
+    A model of text and images starts without the pointer. Raises UserError.
     """
     name = cfg.init_from
     if not name or (parent is not None and checkpoints(parent)):
         return None
     source = read_pretrained(name)
+    if cfg.model.n_image_positions:
+        source.shape = replace(source.shape, pointer=0)
+        weights = source.weights.items()
+        source.weights = {key: w for key, w in weights if not key.startswith("pointer.")}
     for key in SHAPE:
         theirs, ours = getattr(source.shape, key), getattr(cfg.model, key)
         if theirs != ours:

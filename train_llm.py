@@ -106,6 +106,9 @@ class Config(RunConfig):
     its peak. 0: no cooldown."""
     lr_floor: float = 0.02
     """Final learning rate as a fraction of the peak."""
+    short_seq_frac: float = 0.5
+    """First fraction of the budget in which sequences are split into two of half the length, as a
+    sequence-length warm-up. 0: full length from the start."""
     grad_clip: float = 0.0
     """Maximum norm of the gradient. 0: no clipping."""
     eval_tokens: HumanInt = HumanInt("1M")
@@ -119,7 +122,9 @@ class Config(RunConfig):
     """Length in tokens of each continuation sampled at an evaluation."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(
-        default_factory=lambda: ModelConfig(n_layers=21, subwords=1024, value_embed=True, canon=3)
+        default_factory=lambda: ModelConfig(
+            n_layers=21, subwords=1024, value_embed=True, canon=3, pointer=64
+        )
     )
 
 
@@ -138,6 +143,12 @@ def resolve_recipe(cfg: Config) -> int:
         raise UserError(
             f"--eval_tokens {cfg.eval_tokens} is less than one sequence; set it to "
             f"--model.seq_len ({seq_len}) or more"
+        )
+    check_fractions(cfg, "short_seq_frac")
+    if cfg.short_seq_frac and seq_len % 2:
+        raise UserError(
+            f"--model.seq_len {seq_len} is odd, so sequences cannot be split into halves; "
+            "set --short_seq_frac 0"
         )
     if cfg.batch_tokens == "auto":
         sequences = min(16_384, cfg.tokens / 1000) / seq_len
@@ -217,6 +228,12 @@ def build_model(cfg: Config, tokenizer, source: Pretrained | None) -> Llama:
 
 
 # ---- training and evaluation
+def split(windows: Tensor, parts: int) -> Tensor:
+    """Windows (N, T + 1) as windows (N * parts, T / parts + 1) with the same inputs and targets."""
+    length = (windows.shape[1] - 1) // parts
+    return windows.unfold(1, length + 1, length).flatten(0, 1)
+
+
 def backward(model, windows: Tensor, micro_batch: int) -> Tensor:
     """Accumulate the gradient of the mean loss over windows (N, T + 1); returns that loss ()."""
     total = torch.zeros((), device=windows.device)
@@ -304,7 +321,8 @@ def main(cfg: Config) -> dict:
 
     # ---- model
     model = build_model(cfg, tokenizer, source).to(device)
-    flops = cfg.batch_tokens * model.flops_per_token()  # of a step
+    mean_length = seq_len * (1 - cfg.short_seq_frac / 2)
+    flops = cfg.batch_tokens * model.flops_per_token(mean_length)  # of a step, on average
     agree_on_compile(cfg, device, steps * flops, cfg.model.n_layers)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
 
@@ -336,8 +354,8 @@ def main(cfg: Config) -> dict:
     if cfg.compile:
         with warming_up(model, *optimizers):
             zeros = torch.zeros(cfg.micro_batch, seq_len + 1, dtype=torch.long, device=device)
-            for _ in range(2):
-                backward(forward, zeros, cfg.micro_batch)
+            for parts in (2, 1) if cfg.short_seq_frac else (1, 1):
+                backward(forward, split(zeros, parts), cfg.micro_batch * parts)
                 update(optimizers, torch.zeros((), device=device))
             last = cfg.micro_batch + len(own_windows) % cfg.micro_batch  # both sizes
             evaluate(forward, own_windows[:last], cfg.micro_batch, device)
@@ -367,7 +385,8 @@ def main(cfg: Config) -> dict:
             progress = step / steps
             factor = trapezoid(progress, cfg.warmup_frac, cfg.cooldown_frac, cfg.lr_floor)
             set_lr(optimizers, factor)
-            loss = backward(forward, windows, cfg.micro_batch)
+            parts = 2 if progress <= cfg.short_seq_frac else 1
+            loss = backward(forward, split(windows, parts), cfg.micro_batch * parts)
             average_gradients(model, loss)
             norm = clipped_norm(model, cfg.grad_clip)
             update(optimizers, after_step.found_inf(loss, norm))

@@ -96,7 +96,8 @@ class Config(RunConfig):
     The new run keeps a copy of it."""
     init_from: str = ""
     """Language model to start from, with the same model shape and tokenizer: a train_llm.py run
-    (name, folder or checkpoint) or a folder of tools/export_hf.py. Empty: random initialization."""
+    (name, folder or checkpoint) or a folder of tools/export_hf.py. Its pointer, if any, is left
+    out. Empty: random initialization."""
     sequences: HumanInt = HumanInt("1M")
     """Budget in training sequences."""
     batch_sequences: int = 128
@@ -177,11 +178,11 @@ def resolve_recipe(cfg: Config) -> tuple[int, int]:
             f"--text_frac {cfg.text_frac} makes {n_text} of {cfg.batch_sequences} sequences text; "
             "set it to 0, or so that each batch has both text and images"
         )
-    if cfg.model.subwords:
-        raise UserError(
-            f"--model.subwords is {cfg.model.subwords}, but subword embeddings are for text-only "
-            "models; set it to 0"
-        )
+    for name, part in (("subwords", "subword embeddings are"), ("pointer", "the pointer is")):
+        if value := getattr(cfg.model, name):
+            raise UserError(
+                f"--model.{name} is {value}, but {part} for text-only models; set it to 0"
+            )
     if cfg.muon_wd == "auto":
         cfg.muon_wd = min(4 / steps, 0.02) / cfg.muon_lr
     check_not_negative(cfg, "muon_wd")

@@ -130,8 +130,11 @@ def fitting_sequences(cfg, device: torch.device) -> float:
         return 1024 / m.seq_len  # more outgrows a CPU's caches, docs/LOG.md
     # activations kept for the backward pass, measured at 88M parameters
     floats = m.seq_len * m.n_layers * (20 * m.d_model + 4 * m.d_ff)
+    size = floats * torch.finfo(getattr(torch, cfg.dtype)).bits / 8
+    if m.pointer:  # the backward pass holds five (seq_len, seq_len) matrices in fp32 at its peak
+        size += 5 * 4 * m.seq_len**2
     _, memory = torch.accelerator.get_memory_info()
-    return 0.6 * memory / (floats * torch.finfo(getattr(torch, cfg.dtype)).bits / 8)
+    return 0.6 * memory / size
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:

@@ -361,3 +361,32 @@ def test_a_checkpoint_of_another_shape_is_refused(workdir):
     message = r"down_proj.weight has shape \(32, 64\), expected \(32, 96\)"
     with pytest.raises(UserError, match=message):
         train(run="a", resume="true", model__d_ff=96)
+
+
+# ---- short sequences
+def test_halves_have_the_inputs_and_targets_of_the_whole():
+    windows = torch.arange(26).view(2, 13)
+    halves = train_llm.split(windows, 2)  # (4, 7)
+    assert torch.equal(halves[:, :-1].reshape(2, 12), windows[:, :-1])
+    assert torch.equal(halves[:, 1:].reshape(2, 12), windows[:, 1:])
+
+
+@pytest.mark.parametrize(("fraction", "n_short"), [(0.5, 4), (0.25, 2), (0, 0), (1, 8)])
+def test_sequences_are_half_as_long_in_the_first_fraction_of_the_budget(
+    workdir, monkeypatch, fraction, n_short
+):
+    backward, seen = train_llm.backward, []
+
+    def record(model, windows, micro_batch):
+        seen.append((*windows.shape, micro_batch))
+        return backward(model, windows, micro_batch)
+
+    monkeypatch.setattr(train_llm, "backward", record)
+    train(short_seq_frac=fraction, tokens=8 * 128, batch_tokens=128, micro_batch=2)
+    assert seen == [(8, 17, 4)] * n_short + [(4, 33, 2)] * (8 - n_short)
+
+
+def test_odd_sequences_cannot_be_halved(workdir):
+    with pytest.raises(UserError, match="seq_len 33 is odd.* set --short_seq_frac 0"):
+        train(model__seq_len=33, batch_tokens=33)
+    train(model__seq_len=33, batch_tokens=33, tokens=66, short_seq_frac=0)

@@ -212,7 +212,7 @@ def ceilings(bench: Bench) -> None:
 def default_recipe(config: ModelConfig) -> ModelConfig:
     """A plain shape with what train_llm.py adds by default."""
     default = train_llm.Config().model
-    names = ("subwords", "value_embed", "canon")
+    names = ("subwords", "value_embed", "canon", "pointer")
     return replace(config, **{name: getattr(default, name) for name in names})
 
 

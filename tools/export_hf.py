@@ -4,8 +4,9 @@
     python -m tools.export_hf NAME exports/NAME --push USER/REPO    # also upload it to the hub
 
 `AutoModelForCausalLM.from_pretrained("exports/NAME", trust_remote_code=True)` loads it; a model
-without value embeddings and Canon layers needs no trust_remote_code. Of a multimodal run, the text
-part is exported. The tokenizer puts an end-of-text token before every text, as training did.
+without value embeddings, Canon layers and pointer needs no trust_remote_code. Of a multimodal run,
+the text part is exported. The tokenizer puts an end-of-text token before every text, as training
+did.
 """
 
 import json

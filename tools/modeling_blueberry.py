@@ -52,6 +52,8 @@ class BlueberryCache(KVCache):
             more = -(-max(T, size) // KEY_BLOCK) * KEY_BLOCK
             self.keys = [F.pad(x, (0, 0, 0, more)) for x in self.keys]  # (B, G, size + more, D)
             self.values = [F.pad(x, (0, 0, 0, more)) for x in self.values]
+            self.pointer_keys = F.pad(self.pointer_keys, (0, 0, 0, more))  # (B, size + more, P)
+            self.tokens = F.pad(self.tokens, (0, more))  # (B, size + more + 1)
         return super().advance(T)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -59,6 +61,7 @@ class BlueberryCache(KVCache):
         self.keys = [x[beam_idx] for x in self.keys]
         self.values = [x[beam_idx] for x in self.values]
         self.recent = {layer: x[beam_idx] for layer, x in self.recent.items()}
+        self.pointer_keys, self.tokens = self.pointer_keys[beam_idx], self.tokens[beam_idx]
         self.n_padding = self.n_padding[beam_idx]
 
 
@@ -84,7 +87,7 @@ class BlueberryForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Llama):  # not in the file of weights
             module.cos, module.sin = (x.to(module.cos.device) for x in rotary_table(module.config))
-        elif isinstance(module, Canon):
+        elif isinstance(module, Canon) or module is getattr(self.model.pointer, "sentinel", None):
             nn.init.zeros_(module.weight)
         else:
             super()._init_weights(module)
@@ -115,7 +118,7 @@ class BlueberryForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple:
-        """Logits (B, T, V) in fp32 of input_ids (B, T).
+        """Logits (B, T, V) in fp32 of input_ids (B, T); with a pointer, log-probabilities.
 
         Args:
             attention_mask: (B, T), 0 for padding, which may stand anywhere. With past_key_values:
@@ -145,11 +148,18 @@ class BlueberryForCausalLM(PreTrainedModel, GenerationMixin):
                 order = keep.int().argsort(dim=1, stable=True)  # (B, T), padding first
                 input_ids = input_ids.gather(1, order)
         hidden = model.hidden(input_ids, cache)  # (B, T, C)
-        if order is not None:
-            places = order.argsort(dim=1)[..., None].expand_as(hidden)  # (B, T, C)
-            hidden = hidden.gather(1, places)
+        copies = model.copies(hidden, input_ids, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = model.head(hidden[:, kept])  # (B, kept, V)
+
+        def rows(x: Tensor) -> Tensor:
+            """Of x (B, T, ...), the positions to keep, in the order of the input."""
+            if order is not None:
+                x = x.gather(1, order.argsort(dim=1)[..., None].expand_as(x))  # (B, T, ...)
+            return x[:, kept]
+
+        if copies is not None:
+            copies = copies._replace(log_probs=rows(copies.log_probs))
+        logits = model.head(rows(hidden), copies=copies)  # (B, kept, V)
         loss = None
         if labels is not None:
             targets = labels[:, 1:].flatten()
