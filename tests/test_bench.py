@@ -9,7 +9,7 @@ from helpers import ROOT
 
 import train_llm
 from common.config import UserError, load_config
-from model import Llama
+from model import Llama, ModelConfig
 from tools import bench, scaling
 
 COMMITTED = sorted((ROOT / "docs/bench").glob("*.json"))
@@ -92,6 +92,11 @@ def test_the_file_names_the_machine_and_the_code(results):
 def test_only_the_chosen_groups_are_measured(vqvae_only):
     rows = json.loads(vqvae_only.read_text())["rows"]
     assert {row["group"] for row in rows} == {"ceiling", "vqvae"}
+
+
+def test_the_default_recipe_has_every_addition_of_train_llm():
+    default = train_llm.Config().model
+    assert bench.default_recipe(ModelConfig(n_layers=default.n_layers)) == default
 
 
 # ---- measuring

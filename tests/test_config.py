@@ -166,6 +166,7 @@ BAD = {
     "--seed=-1": "--seed is -1",
     "--model.n_image_positions=4": "a language model has no image positions; set it to 0",
     "--model.canon=32": "model.canon is 32",
+    "--model.pointer=-1": "model.pointer is -1",
     "--stage=vqvae": "--stage: ",
 }
 

@@ -1,5 +1,6 @@
 """Choosing device, dtype and compilation."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,14 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from common import device as module
 from common.config import UserError
-from common.device import has_fast_bfloat16, matmul_flops, resolve_compile, resolve_device
+from common.device import (
+    fitting_sequences,
+    has_fast_bfloat16,
+    matmul_flops,
+    resolve_compile,
+    resolve_device,
+)
+from model import Llama, ModelConfig
 
 CPU = torch.device("cpu")
 DAY = 1e16  # FLOPs that take more than a day on a laptop
@@ -89,6 +97,38 @@ def test_measuring_a_matrix_product_leaves_the_number_of_threads():
     before = torch.get_num_threads()
     assert matmul_flops(CPU, "float32", n_threads=before + 1) > 0
     assert torch.get_num_threads() == before
+
+
+# ---- memory
+def saved_bytes(config: ModelConfig) -> int:
+    """Memory that a forward pass of one sequence keeps for the backward pass."""
+    model, sizes = Llama(config), {}
+    model.init_weights()
+    x = torch.arange(config.seq_len)[None]
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        loss = model(x, x)  # keeps the tensors alive, so their addresses differ
+    assert loss > 0
+    return sum(sizes.values())
+
+
+def test_sequences_that_fit_a_gpu_leave_room_for_the_pointer(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 10**9))
+    shape = {"vocab_size": 1024, "d_model": 16, "n_heads": 2, "n_kv_heads": 1, "d_ff": 16}
+    plain = ModelConfig(n_layers=1, seq_len=1024, **shape)
+    sides, gpu = (plain, replace(plain, pointer=8)), torch.device("cuda")
+    kept = [saved_bytes(config) for config in sides]
+    fitting = [
+        fitting_sequences(SimpleNamespace(model=config, dtype="float32"), gpu) for config in sides
+    ]
+    without, with_pointer = (0.6e9 / n for n in fitting)  # bytes per sequence
+    more = kept[1] - kept[0]  # the backward pass adds gradients as large as what was kept
+    assert more < with_pointer - without < 3 * more
 
 
 # ---- compilation

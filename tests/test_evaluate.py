@@ -91,7 +91,7 @@ def template(tmp_path_factory):
         patch.chdir(folder)
         write_jsonl("corpus.jsonl", sentences(300))
         extras = {"model__subwords": 50, "model__value_embed": True, "model__canon": 3}
-        train(run="m", tokens=640, **extras)
+        train(run="m", tokens=640, **extras, model__pointer=8)
         model = noisy(load_run("m", SimpleNamespace(device="cpu", dtype="float32")).model)
         add_weights(Path("runs/m"), model)
         write_task("choice", CHOICE_TASK, CHOICES)
@@ -186,7 +186,7 @@ def test_log_likelihoods_of_the_harness_equal_our_forward_pass(evaluated, name):
 def test_every_context_starts_with_end_of_text(evaluated, name):
     without = ours(evaluated, name, first=[])
     for document, other in zip(theirs(evaluated, name)[:2], without[:2], strict=True):
-        assert all(abs(a - b) > 0.02 for (a, _), (b, _) in zip(document, other, strict=True))
+        assert all(abs(a - b) > 1e-3 for (a, _), (b, _) in zip(document, other, strict=True))
 
 
 def test_accuracies_follow_from_our_log_likelihoods(evaluated):

@@ -13,6 +13,7 @@ from threading import Thread
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from helpers import MODULES, ROOT, script, sentences, train, train_stage, weights, write_jsonl
 from safetensors.torch import load_file, save_file
@@ -21,11 +22,12 @@ import generate
 from common.config import UserError, load_config
 from common.run import find_run
 from model import Llama, ModelConfig
-from pretrained import load_checkpoint_of
+from pretrained import is_plain, load_checkpoint_of
 from tools import export_hf
 
 EXTRAS = {"model__value_embed": "true", "model__canon": 3, "model__subwords": 50}
-PLAIN = {"model__value_embed": "false", "model__canon": 0}
+EXTRAS |= {"model__pointer": 8}
+PLAIN = {"model__value_embed": "false", "model__canon": 0, "model__pointer": 0}
 RUNS = {  # vocab_size is larger than the tokenizer, so some entries have no token
     "extras": EXTRAS | {"model__vocab_size": 310},
     "plain": PLAIN | {"model__subwords": 50, "model__vocab_size": 310},
@@ -129,7 +131,7 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(side, parts):
 @torch.no_grad()
 def test_a_cache_that_grows_beyond_its_first_size_stays_exact():
     config = {"vocab_size": 50, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
-    shape = ModelConfig(**config, d_ff=64, seq_len=400, canon=2, value_embed=True)
+    shape = ModelConfig(**config, d_ff=64, seq_len=400, canon=2, value_embed=True, pointer=8)
     folder = Path("grown")
     original = Llama(shape)
     original.init_weights(torch.Generator().manual_seed(0))
@@ -168,12 +170,45 @@ def test_labels_give_the_loss_and_the_gradient_of_the_run():
     labels = tokens.clone()
     labels[:, :5] = -100
     output = model(tokens, labels=labels)
-    hidden = original.hidden(tokens)[:, 4:-1]
-    expected = original.loss(hidden, tokens[:, 5:])
+    expected = F.cross_entropy(original(tokens)[:, 4:-1].flatten(0, 1), tokens[:, 5:].flatten())
     torch.testing.assert_close(output.loss, expected, atol=1e-5, rtol=0)
     output.loss.backward()
     assert output.past_key_values is None
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("keep", [1, 6, torch.tensor([2, 8, 9])], ids=["1", "6", "indices"])
+@pytest.mark.parametrize("padding", ["none", "right", "scattered"])
+@torch.no_grad()
+def test_logits_to_keep_are_those_of_all_positions(keep, padding):
+    tokens, (model, _) = random_tokens(2, 12), theirs("extras")
+    mask = torch.ones_like(tokens)
+    if padding != "none":
+        mask[1, {"right": [10, 11], "scattered": [0, 3, 4]}[padding]] = 0
+    every = model(tokens, attention_mask=mask).logits
+    expected = every[:, -keep:] if isinstance(keep, int) else every[:, keep]
+    kept = model(tokens, attention_mask=mask, logits_to_keep=keep).logits
+    torch.testing.assert_close(kept, expected, atol=1e-5, rtol=0)
+    lone = model(tokens[1:, mask[1].bool()]).logits
+    torch.testing.assert_close(every[1:, mask[1].bool()], lone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_the_gradient(side):
+    tokens, gradients = random_tokens(1, 12), []
+    for n in (0, 5):
+        model, _ = theirs("extras")
+        model.train()
+        pad = (n, 0) if side == "left" else (0, n)
+        mask = F.pad(torch.ones_like(tokens), pad)
+        labels = F.pad(tokens, pad, value=-100)
+        if side == "left":
+            labels[:, n] = -100  # the padding before it predicts nothing
+        model(F.pad(tokens, pad, value=7), attention_mask=mask, labels=labels).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert expected.any(), name
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-5, rtol=1e-3, msg=name)
 
 
 @torch.no_grad()
@@ -278,6 +313,26 @@ def test_padding_after_cached_positions_is_refused():
         model(random_tokens(1, 2), attention_mask=mask, past_key_values=cache)
 
 
+@pytest.mark.extra
+def test_the_trainer_of_transformers_fine_tunes_an_export(tmp_path):
+    model, tokenizer = theirs("extras")
+    texts = [
+        {"input_ids": tokenizer(text).input_ids[:n]}
+        for text, n in zip(PROMPTS, (9, 4), strict=True)
+    ]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=3, report_to=[], use_cpu=True, logging_steps=1, save_strategy="no"
+    )
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer = transformers.Trainer(model, arguments, train_dataset=texts, data_collator=collator)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_unsupported_generation_is_refused():
     model, _ = theirs("extras")
     with pytest.raises(ValueError, match="not supported with stateful models"):
@@ -320,6 +375,12 @@ def test_a_plain_model_is_exported_to_a_class_of_transformers():
     assert not list(Path("exports/plain").glob("*.py"))
 
 
+@pytest.mark.parametrize("addition", [{"value_embed": True}, {"canon": 1}, {"pointer": 8}], ids=str)
+def test_a_model_with_an_addition_needs_its_own_code(addition):
+    assert is_plain(ModelConfig(subwords=9))
+    assert not is_plain(ModelConfig(**addition))
+
+
 def test_the_exported_code_is_model_py_itself():
     assert Path("exports/extras/model.py").read_bytes() == (ROOT / "model.py").read_bytes()
 
@@ -347,7 +408,8 @@ def test_a_model_made_from_the_config_alone_is_initialized():
     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     logits = model(random_tokens(2, 20)).logits
     assert 0 < logits.std() < 1
-    assert model.model.blocks[0].attn_canon.weight.abs().sum() == 0
+    assert not model.model.blocks[0].attn_canon.weight.any()
+    assert not model.model.pointer.sentinel.weight.any()
 
 
 # ---- the model card
@@ -571,6 +633,7 @@ def test_a_resumed_run_does_not_need_the_run_it_started_from():
     "changes, message",
     [
         ({"model__canon": 2}, "--init_from exports/extras has model.canon 3.* set --model.canon 3"),
+        ({"model__pointer": 0}, "has model.pointer 8, but this run has 0; set --model.pointer 8"),
         ({"model__d_ff": 32}, "set --model.d_ff 64"),
         ({"data__tokenizer": "bpe-301"}, "set --data.tokenizer exports/extras"),
         ({"init_from": "v"}, "--init_from v: runs/v is not a train_llm.py run"),

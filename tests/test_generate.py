@@ -235,6 +235,7 @@ def random_model(dtype: torch.dtype = torch.float32) -> Llama:
     """A model with every option of text models and the vocabulary of the run's tokenizer."""
     shape = {"vocab_size": 300, "d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
     shape |= {"d_ff": 32, "seq_len": 32, "subwords": 8, "value_embed": True, "canon": 2}
+    shape |= {"pointer": 8}
     model = noisy(Llama(ModelConfig(**shape), compute_dtype=dtype))
     model.embed.weight.data *= 0.3  # less certain of the next token
     return model

@@ -17,7 +17,7 @@ from muon import build_optimizers
 
 SHAPE = {"vocab_size": 101, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "seq_len": 24}
 PLAIN = ModelConfig(n_layers=3, **SHAPE)
-EXTRAS = replace(PLAIN, subwords=40, value_embed=True, canon=3)
+EXTRAS = replace(PLAIN, subwords=40, value_embed=True, canon=3, pointer=16)
 IMAGES = replace(PLAIN, n_image_positions=4)
 plain_and_extras = pytest.mark.parametrize("config", [PLAIN, EXTRAS], ids=["plain", "extras"])
 
@@ -27,8 +27,8 @@ def make_model(config=PLAIN, seed=0, std=0.2, **kwargs) -> Llama:
     model = Llama(config, **kwargs)
     model.init_weights(torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        for i, p in enumerate(model.parameters()):
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
             p.copy_(noise * std + (p.ndim == 1))
         if config.subwords:
             generator = torch.Generator().manual_seed(1)
@@ -45,8 +45,8 @@ def generators(n, seed=0):
     return [torch.Generator().manual_seed(seed + i) for i in range(n)]
 
 
-def make_cache(batch):
-    return KVCache(PLAIN, batch, 24, torch.device("cpu"), torch.float32)
+def make_cache(batch, config=PLAIN, n_padding=None):
+    return KVCache(config, batch, 24, torch.device("cpu"), torch.float32, n_padding)
 
 
 # ---- config
@@ -58,6 +58,7 @@ def make_cache(batch):
         ({"n_layers": 0}, "model.n_layers is 0; it must be positive"),
         ({"d_ff": -4}, "model.d_ff is -4; it must be positive"),
         ({"canon": -1}, "model.canon is -1; it must be 0 or more"),
+        ({"pointer": -1}, "model.pointer is -1; it must be 0 or more"),
         ({"canon": 2048}, "model.canon is 2048; it must be less than model.seq_len 2048"),
         ({"n_kv_heads": 3}, "model.n_heads 8 is not divisible by model.n_kv_heads 3"),
         ({"d_model": 33}, "model.d_model 33 does not split into 8 heads .* a multiple of 16"),
@@ -129,16 +130,18 @@ def test_no_position_attends_to_a_later_one(config):
     assert not torch.allclose(before[:, 10:], after[:, 10:])
 
 
-def test_bf16_loss_is_close_to_fp32():
+@plain_and_extras
+def test_bf16_loss_is_close_to_fp32(config):
     x = random_tokens(2, 24)
-    exact = make_model()(x, x.roll(1)).item()
-    rounded = make_model(compute_dtype=torch.bfloat16)(x, x.roll(1)).item()
+    exact = make_model(config)(x, x.roll(1)).item()
+    rounded = make_model(config, compute_dtype=torch.bfloat16)(x, x.roll(1)).item()
     assert rounded == pytest.approx(exact, rel=0.02)
     assert rounded != exact
 
 
-def test_bf16_model_keeps_weights_and_gradients_in_fp32():
-    model, x = make_model(compute_dtype=torch.bfloat16), random_tokens(2, 24)
+@plain_and_extras
+def test_bf16_model_keeps_weights_and_gradients_in_fp32(config):
+    model, x = make_model(config, compute_dtype=torch.bfloat16), random_tokens(2, 24)
     model(x, x.roll(1)).backward()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
@@ -170,9 +173,10 @@ def test_flops_per_token_match_the_count_of_torch(config):
     # MATH: the counter does not count fused attention
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         F.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
-    masked_half = 6 * config.n_layers * config.d_model * config.seq_len  # counted by torch, not us
+    # counted by torch, not us
+    masked_half = (6 * config.n_layers * config.d_model + 3 * config.pointer) * config.seq_len
     counted = counter.get_total_flops() / x.numel()
-    assert model.flops_per_token() + masked_half == pytest.approx(counted, rel=0.01)
+    assert model.flops_per_token() + masked_half == pytest.approx(counted, rel=0.002)
 
 
 # ---- subwords
@@ -315,6 +319,102 @@ def test_canon_weights_start_at_zero():
     assert not any(p.any() for p in weights)
 
 
+# ---- pointer
+
+
+def repeated_tokens(batch, length):
+    """Few different tokens, so that most have several earlier occurrences to copy."""
+    return random_tokens(batch, length) % 5
+
+
+@torch.no_grad()
+def naive_probabilities(model, x):
+    """Probabilities (B, T, V) of a model with a pointer, one position and one copy at a time."""
+    hidden, pointer = model.hidden(x).double(), model.pointer.double()
+    probs = (hidden @ model.embed_tokens(slice(None)).double().T).softmax(-1)
+    for row, h, tokens in zip(probs, hidden, x, strict=True):
+        q, k = (
+            F.rms_norm(h @ proj.weight.T, (16,), eps=1e-6) * norm.weight
+            for proj, norm in ((pointer.q_proj, pointer.q_norm), (pointer.k_proj, pointer.k_norm))
+        )
+        for t in range(len(tokens)):
+            generate = 7 * (t + 1) * (h[t] @ pointer.sentinel.weight[0]).exp()
+            weights = [(q[t] @ k[i] / 4).exp() for i in range(t)]
+            total = generate + sum(weights)
+            row[t] *= generate / total
+            for i, weight in enumerate(weights):
+                row[t, tokens[i + 1]] += weight / total
+    return probs
+
+
+@pytest.mark.parametrize("config", [replace(PLAIN, pointer=16), EXTRAS], ids=["alone", "extras"])
+def test_pointer_adds_the_probability_of_copying_the_token_after_each_earlier_position(config):
+    x = repeated_tokens(2, 24)
+    actual = make_model(config)(x).exp().double()
+    expected = naive_probabilities(make_model(config), x)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(actual.sum(-1), torch.ones(2, 24).double(), atol=1e-6, rtol=0)
+
+
+def test_first_position_of_a_text_copies_nothing():
+    model, x = make_model(EXTRAS), random_tokens(2, 24)
+    expected = model.head(model.hidden(x)).log_softmax(-1)
+    torch.testing.assert_close(model(x)[:, 0], expected[:, 0])
+    assert not torch.allclose(model(x)[:, 1], expected[:, 1])
+
+
+def test_a_new_model_copies_an_eighth_at_equal_scores():
+    model, x = Llama(EXTRAS), random_tokens(2, 24)
+    model.init_weights(torch.Generator().manual_seed(0))
+    torch.nn.init.zeros_(model.pointer.q_proj.weight)
+    copied = 1 - model.copies(model.hidden(x), x).log_probs[..., 0].exp()
+    t = torch.arange(24).expand(2, -1)  # also the number of tokens to copy from
+    torch.testing.assert_close(copied, t / (t + 7 * (t + 1)))
+
+
+def test_pointer_learns_to_copy_what_a_model_without_it_has_not_learned_yet():
+    """The second half of each sequence repeats its first half, which is random."""
+    losses = []
+    for config in (PLAIN, replace(PLAIN, pointer=16)):
+        model = Llama(config)
+        model.init_weights(torch.Generator().manual_seed(0))
+        options = {"muon_lr": 0.02, "muon_wd": 0, "adamw_lr": 0.01, "adamw_wd": 0}
+        optimizers = build_optimizers(model, **options, adamw_beta2=0.95)
+        for step in range(80):
+            x = random_tokens(16, 12, seed=step).repeat(1, 2)
+            loss = F.cross_entropy(model(x)[:, 12:-1].flatten(0, 1), x[:, 13:].flatten())
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 3
+    assert losses[1] < 0.3
+
+
+@pytest.mark.parametrize("parts", [[24], [5, 7, 12], [9, *[1] * 15]], ids=str)
+def test_padding_on_the_left_is_never_copied(parts):
+    model, x, n_padding = make_model(EXTRAS), repeated_tokens(3, 24), torch.tensor([0, 1, 6])
+    with torch.no_grad():
+        cache = make_cache(3, EXTRAS, n_padding)
+        logits = torch.cat([model(part, cache=cache) for part in x.split(parts, dim=1)], dim=1)
+        assert logits.isfinite().all()
+        for row, tokens, n in zip(logits, x, n_padding, strict=True):
+            torch.testing.assert_close(row[n:], model(tokens[None, n:])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_probabilities_over_a_vocab_slice_sum_to_one_and_copy_as_before():
+    model, x = make_model(EXTRAS), repeated_tokens(2, 24)
+    hidden = model.hidden(x)
+    copies = model.copies(hidden, x)
+    over_slice = model.head(hidden, slice(9), copies).exp()
+    torch.testing.assert_close(over_slice.sum(-1), torch.ones(2, 24))
+    generate = copies.log_probs[..., :1].exp()
+    copied = model(x).exp() - generate * model.head(hidden).softmax(-1)
+    expected = generate * model.head(hidden)[..., :9].softmax(-1) + copied[..., :9]
+    torch.testing.assert_close(over_slice, expected, atol=1e-6, rtol=1e-4)
+
+
 # ---- image positions
 
 
@@ -366,7 +466,7 @@ def test_hidden_rejects_position_ids_without_target_positions():
 def test_cached_decoding_equals_the_full_forward(length, config):
     model, x = make_model(config), random_tokens(3, 24)
     with torch.no_grad():
-        cache = make_cache(batch=3)
+        cache = make_cache(3, config)
         parts = [model(x[:, :length], cache=cache)]
         parts += [model(x[:, t : t + 1], cache=cache) for t in range(length, 24)]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(x), atol=1e-5, rtol=1e-5)
@@ -376,7 +476,7 @@ def test_cached_decoding_equals_the_full_forward(length, config):
 def test_cache_accepts_several_positions_at_once_and_keeps_sequences_apart(row):
     model, x = make_model(EXTRAS), random_tokens(3, 24)
     with torch.no_grad():
-        cache = make_cache(batch=3)
+        cache = make_cache(3, EXTRAS)
         parts = [model(part, cache=cache) for part in x.split([5, 7, 12], dim=1)]
         actual, expected = torch.cat(parts, dim=1)[row], model(x[row : row + 1])[0]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
@@ -394,7 +494,7 @@ def test_decoding_across_blocks_of_keys_equals_the_full_forward(config, monkeypa
     monkeypatch.setattr("model.KEY_BLOCK", 8)
     model, x = make_model(config), random_tokens(3, 24)
     with torch.no_grad():
-        cache = make_cache(batch=3)
+        cache = make_cache(3, config)
         parts = [model(part, cache=cache) for part in x.split([7, *[1] * 10, 5, 1, 1], dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(x), atol=1e-5, rtol=1e-5)
 
@@ -448,6 +548,8 @@ def recorder(recordings: list):
 )
 def test_recorded_steps_generate_the_same_tokens(options, config, monkeypatch):
     monkeypatch.setattr("model.KEY_BLOCK", 8)
+    if "guidance" in options:  # only images need it, and their models have no pointer
+        config = replace(config, pointer=0)
     model, x, recordings = make_model(config, std=0.05), random_tokens(2, 3), []
     if "guidance" in options:
         options = options | {"uncond": random_tokens(2, 3, seed=1)}
@@ -488,6 +590,8 @@ def test_decoding_step_does_not_wait_for_the_device():
 @plain_and_extras
 def test_greedy_generation_equals_argmax_of_full_forwards(config):
     model, x = make_model(config), random_tokens(2, 3)
+    if config.pointer:
+        model.pointer.q_norm.weight.data *= 20  # what fits well is copied
     generated = list(model.generate(x, 100, generators=generators(2), temperature=0))
     assert len(generated) == 21  # it stops when seq_len is full
     with torch.no_grad():
@@ -509,8 +613,9 @@ def test_sequences_of_a_batch_start_with_different_tokens():
     assert len(set(first.tolist())) > 1
 
 
-def test_generation_stays_inside_the_vocab_slice():
-    model, x = make_model(std=0.05), random_tokens(5, 4)
+@plain_and_extras
+def test_generation_stays_inside_the_vocab_slice(config):
+    model, x = make_model(config, std=0.05), random_tokens(5, 4) % 7
     sampled = model.generate(x, 20, generators=generators(5), vocab_slice=slice(7))
     assert max(int(tokens.max()) for tokens in sampled) <= 6
 
@@ -553,8 +658,9 @@ def test_largest_uniform_below_one_selects_the_last_allowed_token(top_k, expecte
 # ---- loss
 
 
-def test_loss_is_the_mean_next_token_loss():
-    model, x = make_model(), random_tokens(2, 9)
+@plain_and_extras
+def test_loss_is_the_mean_next_token_loss(config):
+    model, x = make_model(config), random_tokens(2, 9)
     log_probs = model(x[:, :-1]).log_softmax(-1)
     expected = -log_probs.gather(2, x[:, 1:, None]).mean()
     torch.testing.assert_close(model(x[:, :-1], x[:, 1:]), expected)
@@ -589,6 +695,45 @@ def test_chunked_gradients_equal_those_of_cross_entropy(monkeypatch):
     chunked = torch.autograd.grad(3 * ChunkedCrossEntropy.apply(h, weight, targets), (h, weight))
     expected = torch.autograd.grad(3 * F.cross_entropy(h @ weight.T, targets), (h, weight))
     torch.testing.assert_close(chunked, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [repeated_tokens, random_tokens])
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "evaluation"])
+def test_loss_with_a_pointer_equals_cross_entropy_of_the_logits(grad, tokens, monkeypatch):
+    monkeypatch.setattr("model.CHUNK_LOGITS", 128 * 101)
+    model, windows = make_model(EXTRAS), tokens(7, 25)
+    x, targets = windows[:, :-1], windows[:, 1:]  # 168 positions, 128 in the first chunk
+    with torch.set_grad_enabled(grad):
+        expected = F.cross_entropy(model(x).flatten(0, 1), targets.flatten())
+        actual = model(x, targets)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("tokens", [repeated_tokens, random_tokens])
+def test_gradients_with_a_pointer_equal_those_of_cross_entropy(tokens, monkeypatch):
+    monkeypatch.setattr("model.CHUNK_LOGITS", 128 * 101)
+    model, windows = make_model(EXTRAS), tokens(7, 25)
+    x, targets = windows[:, :-1], windows[:, 1:]
+    names, params = zip(*model.named_parameters(), strict=True)
+    loss = 3 * F.cross_entropy(model(x).flatten(0, 1), targets.flatten())
+    expected = torch.autograd.grad(loss, params)
+    actual = torch.autograd.grad(3 * model(x, targets), params)
+    for name, ours, theirs in zip(names, actual, expected, strict=True):
+        assert theirs.abs().max() > 1e-4, name
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_gradients_with_a_pointer_are_finite_at_a_loss_above_100():
+    """1 over the probability of a token that is not copied is infinite in fp32."""
+    model, x = make_model(EXTRAS), random_tokens(2, 24)
+    hidden = 100 * model.hidden(x).detach()
+    hidden.requires_grad_()
+    targets = torch.full_like(x, 7)
+    loss = model.loss(hidden, targets, copies=model.copies(hidden / 100, x))
+    assert loss > 100
+    loss.backward()
+    assert hidden.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.pointer.parameters())
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def test_a_failed_collective_leaves_weights_and_momentum(step, monkeypatch):
 @pytest.fixture
 def model():
     shape = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
-    extras = {"subwords": 9, "value_embed": True, "canon": 3, "n_image_positions": 4}
+    extras = {"subwords": 9, "value_embed": True, "canon": 3, "pointer": 8, "n_image_positions": 4}
     return Llama(ModelConfig(**shape, d_ff=64, seq_len=16, **extras))
 
 
@@ -325,13 +325,18 @@ def test_every_parameter_is_in_exactly_one_group(model):
     assert sorted(name for group in groups for name in group) == sorted(names)
 
 
-def test_muon_gets_the_projections_of_the_blocks(model):
+def test_muon_gets_the_projections_of_the_blocks_and_the_pointer(model):
     muon, _ = build_optimizers(model, **LEARNING_RATES)
     names = [name for group in names_in(muon, model) for name in group]
     projections = ["q", "k", "v", "o", "v_embed", "up", "down"]
     assert sorted(name.split(".")[-2] for name in names) == sorted(
-        2 * [f"{p}_proj" for p in projections]
+        f"{p}_proj" for p in 2 * projections + ["q", "k"]
     )
+
+
+def test_adamw_gets_the_sentinel_of_the_pointer(model):
+    _, adamw = build_optimizers(model, **LEARNING_RATES)
+    assert "pointer.sentinel.weight" in names_in(adamw, model)[0]
 
 
 def test_subwords_have_their_own_group(model):

@@ -67,7 +67,7 @@ def trained(tmp_path_factory):
             color = (20 * i, 255 - 20 * i, 7 * i)
             Image.new("RGB", (32, 32), color).save(f"pets/{'ab'[i % 2]}/{i}.png")
         train_stage(MODULES["vqvae"], run="v", **SHORT["vqvae"])
-        train_stage(MODULES["llm"], run="a", save_every=0.4, **SHORT["llm"])
+        train_stage(MODULES["llm"], run="a", save_every=0.4, model__pointer=8, **SHORT["llm"])
         train_stage(MODULES["multimodal"], run="m", vqvae="v", **SHORT["multimodal"])
     return folder
 
@@ -128,6 +128,7 @@ SETTINGS = [
     ("context", multimodal(model__seq_len=64), r"set it to (\d+) plus", "--model.seq_len=100"),
     ("text", multimodal(text_frac=0.01), "both text and images", "--text_frac=0.25"),
     ("subwords", multimodal(model__subwords=4), "set it to 0", "--model.subwords=0"),
+    ("pointer", multimodal(model__pointer=8), "set it to 0", "--model.pointer=0"),
     ("vqvae", multimodal(vqvae=""), "pass a run of train_vqvae.py", "--vqvae=v"),
     ("not a vqvae", multimodal(vqvae="a"), "pass one with --vqvae", "--vqvae=v"),
     (

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import flags_of, script, sentences, train, train_stage, write_jsonl
+import torch
+from helpers import flags_of, script, sentences, train, train_stage, weights, write_jsonl
 from PIL import Image
 
 import common.loop
@@ -14,6 +15,7 @@ import train_vqvae
 from common.config import UserError, load_config
 from common.metrics import evaluations, read_metrics
 from common.run import find_run
+from pretrained import load_checkpoint_of
 from vqvae import VQVAE
 
 PETS = {"data__source": "pets", "data__val_source": "pets_val", "data__augment": "false"}
@@ -227,7 +229,7 @@ def language_model(workspace) -> dict:
     """Settings of a run that starts from a language model and trains on text and images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
-        train(run="lm", tokens=1280, model__n_heads=2, model__n_kv_heads=1)
+        train(run="lm", tokens=1280, model__n_heads=2, model__n_kv_heads=1, model__pointer=8)
     tokenizer = "runs/lm/tokenizer"
     return {"data__tokenizer": tokenizer, "text_frac": 0.25, "text_source": "corpus.jsonl"}
 
@@ -262,6 +264,21 @@ def test_run_from_a_language_model_starts_with_its_text_loss(language_model):
     assert summary["sequences"] == 16  # text and images
 
 
+def test_run_from_a_language_model_takes_over_every_weight_but_the_pointer(language_model):
+    settings = {"sequences": 8, "muon_lr": 1e-12, "adamw_lr": 1e-12, "muon_wd": 0}
+    extras = {"model__value_embed": "true", "model__canon": 3}
+    multimodal(run="same", init_from="lm", **extras, **settings | language_model)
+    ours, theirs = weights("same"), load_checkpoint_of(*find_run("lm"))[0].for_inference()
+    expected = {name: weight for name, weight in theirs.state_dict().items() if name in ours}
+    assert theirs.state_dict().keys() - expected.keys() == {
+        f"pointer.{part}.weight" for part in ("q_proj", "k_proj", "q_norm", "k_norm", "sentinel")
+    }
+    assert ours.keys() - expected.keys() == {"image_positions.weight"}
+    for name, weight in expected.items():
+        n = min(len(weight), 300)
+        torch.testing.assert_close(ours[name][:n], weight[:n], atol=1e-6, rtol=0)
+
+
 # ---- errors
 @pytest.fixture(scope="module")
 def other_runs(workspace, language_model, summary):
@@ -283,6 +300,7 @@ def other_runs(workspace, language_model, summary):
         ("--init_from=v", "--init_from v: runs/v is not a train_llm.py run"),
         ("--top_p=0", "--top_p is 0.0; it must be positive"),
         ("--model.subwords=5", "--model.subwords is 5, but subword embeddings are for text-only"),
+        ("--model.pointer=5", "--model.pointer is 5, but the pointer is for text-only models"),
         (f"--sample_prompts=['{'z' * 99}']", "the prompt has 99 tokens"),
         ("--text_frac=0.01", "--text_frac 0.01 makes 0 of 8 sequences text"),
         ("--caption_dropout=2", "--caption_dropout is 2.0; it must be between 0 and 1"),
