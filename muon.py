@@ -194,6 +194,7 @@ def build_optimizers(
     *,
     muon_lr: float,
     muon_wd: float,
+    muon_momentum: float = 0.95,
     adamw_lr: float,
     adamw_wd: float,
     adamw_beta2: float,
@@ -214,6 +215,7 @@ def build_optimizers(
         [params[n] for n in names["muon"]],
         lr=muon_lr,
         weight_decay=muon_wd,
+        momentum=muon_momentum,
         dtype=dtype,
         compile=compile,
     )

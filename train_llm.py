@@ -23,7 +23,7 @@ from common.config import (
     HumanInt,
     RunConfig,
     UserError,
-    check_beta,
+    check_betas,
     check_fractions,
     check_not_negative,
     check_positive,
@@ -91,6 +91,9 @@ class Config(RunConfig):
     muon_wd: float | Literal["auto"] = "auto"
     """Muon's weight decay. auto: 2 / (muon_lr * steps), at most 0.02 / muon_lr. A run at the peak
     learning rate throughout would then shrink the weights to e^-2 of their size."""
+    muon_momentum: float | Literal["auto"] = "auto"
+    """Muon's momentum. auto: an average over steps / 78 steps, at least 10 and at most 20 (0.9 to
+    0.95)."""
     adamw_lr: float | Literal["auto"] = "auto"
     """AdamW's peak learning rate, for embeddings, norms and Canon layers; subword embeddings use
     0.3 times this. auto: 0.006 up to 20M tokens, then proportional to tokens^(-1/3)."""
@@ -164,6 +167,8 @@ def resolve_recipe(cfg: Config) -> int:
     check_positive(cfg, "muon_lr")
     if cfg.muon_wd == "auto":
         cfg.muon_wd = min(2 / steps, 0.02) / cfg.muon_lr
+    if cfg.muon_momentum == "auto":
+        cfg.muon_momentum = 1 - 1 / min(20, max(10, steps / 78))
     if cfg.adamw_lr == "auto":
         cfg.adamw_lr = 0.006 * min(1.0, 20e6 / cfg.tokens) ** (1 / 3)
     if cfg.adamw_beta2 == "auto":
@@ -171,7 +176,7 @@ def resolve_recipe(cfg: Config) -> int:
     check_positive(cfg, "adamw_lr")
     check_not_negative(cfg, "muon_wd")
     check_fractions(cfg, "lr_floor")
-    check_beta(cfg, "adamw_beta2")
+    check_betas(cfg, "muon_momentum", "adamw_beta2")
     return steps
 
 
@@ -289,7 +294,8 @@ def describe(
         batch=f"{cfg.batch_tokens:,} tokens: {cfg.batch_tokens // seq_len} sequences of {seq_len}, "
         f"{cfg.micro_batch} per forward pass",
         recipe=f"muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, "
-        f"adamw_lr {cfg.adamw_lr:.4g}, adamw_beta2 {cfg.adamw_beta2:.5g}",
+        f"muon_momentum {cfg.muon_momentum:.3g}, adamw_lr {cfg.adamw_lr:.4g}, "
+        f"adamw_beta2 {cfg.adamw_beta2:.5g}",
     )
 
 
@@ -331,6 +337,7 @@ def main(cfg: Config) -> dict:
         model,
         muon_lr=cfg.muon_lr,
         muon_wd=cfg.muon_wd,
+        muon_momentum=cfg.muon_momentum,
         adamw_lr=cfg.adamw_lr,
         adamw_wd=cfg.adamw_wd,
         adamw_beta2=cfg.adamw_beta2,

@@ -26,7 +26,7 @@ from common.config import (
     HumanInt,
     RunConfig,
     UserError,
-    check_beta,
+    check_betas,
     check_fractions,
     check_not_negative,
     check_positive,
@@ -170,7 +170,7 @@ def resolve_recipe(cfg: Config) -> tuple[int, int]:
     check_not_negative(cfg, "caption_weight", "sample_n", "temperature")
     check_guidance(cfg)
     check_fractions(cfg, "top_p", "text_frac", "caption_dropout", "lr_floor")
-    check_beta(cfg, "adamw_beta2")
+    check_betas(cfg, "adamw_beta2")
     steps = resolve_steps(cfg, "sequences", "batch_sequences")
     n_text = round(cfg.text_frac * cfg.batch_sequences)
     if cfg.text_frac and not 0 < n_text < cfg.batch_sequences:

@@ -449,8 +449,9 @@ def check_fractions(cfg, *names: str) -> None:
         check_range(cfg, name, 0 <= getattr(cfg, name) <= 1, "be between 0 and 1")
 
 
-def check_beta(cfg, name: str) -> None:
-    check_range(cfg, name, 0 <= getattr(cfg, name) < 1, "be at least 0 and less than 1")
+def check_betas(cfg, *names: str) -> None:
+    for name in names:
+        check_range(cfg, name, 0 <= getattr(cfg, name) < 1, "be at least 0 and less than 1")
 
 
 def check_range(cfg, name: str, valid: bool, expected: str) -> None:

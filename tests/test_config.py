@@ -129,6 +129,16 @@ def test_the_half_life_of_the_second_moment_follows_from_the_budget(tokens, half
     assert cfg.adamw_beta2 ** (half_life / cfg.batch_tokens) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(
+    "tokens, momentum", [("1M", 0.9201), ("100k", 0.9), ("20M", 0.9361), ("1B", 0.95)]
+)
+def test_the_momentum_follows_from_the_steps(tokens, momentum):
+    cfg = train_llm.Config(tokens=HumanInt(tokens))
+    cfg.model.seq_len = 256 if tokens == "1M" else cfg.model.seq_len
+    train_llm.resolve_recipe(cfg)
+    assert cfg.muon_momentum == pytest.approx(momentum, abs=1e-4)
+
+
 def test_the_weight_decay_of_a_short_run_is_capped():
     cfg = train_llm.Config(tokens=HumanInt("100k"))
     assert train_llm.resolve_recipe(cfg) == 48
@@ -153,6 +163,8 @@ BAD = {
     "--config=none.yaml": "none.yaml",
     "--cooldown_frac=2": "--cooldown_frac is 2.0; it must be between 0 and 1",
     "--adamw_beta2=1": "--adamw_beta2 is 1.0; it must be at least 0 and less than 1",
+    "--muon_momentum=-0.1": "--muon_momentum is -0.1; it must be at least 0 and less than 1",
+    "--short_seq_frac=2": "--short_seq_frac is 2.0; it must be between 0 and 1",
     "--device=gpu": "--device gpu",
     "--run=a/b": "'a/b' is not a valid name",
     "--tokens=100": "less than one step",

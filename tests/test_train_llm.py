@@ -363,6 +363,19 @@ def test_a_checkpoint_of_another_shape_is_refused(workdir):
         train(run="a", resume="true", model__d_ff=96)
 
 
+# ---- momentum
+def test_muon_gets_the_momentum_of_the_settings(workdir, monkeypatch):
+    build, made = train_llm.build_optimizers, []
+
+    def record(*args, **settings):
+        made.extend(build(*args, **settings))
+        return made
+
+    monkeypatch.setattr(train_llm, "build_optimizers", record)
+    train(muon_momentum=0.7, tokens=128)
+    assert {group["momentum"] for group in made[0].param_groups} == {0.7}
+
+
 # ---- short sequences
 def test_halves_have_the_inputs_and_targets_of_the_whole():
     windows = torch.arange(26).view(2, 13)
