@@ -86,8 +86,8 @@ class Config(RunConfig):
     """Whether to repeat the data if it has fewer tokens than the budget. false: stop with an
     error."""
     muon_lr: float | Literal["auto"] = "auto"
-    """Muon's peak learning rate, for the weight matrices of the blocks. auto: 0.015 up to 20M
-    tokens, then proportional to tokens^(-1/6)."""
+    """Muon's peak learning rate, for the weight matrices of blocks and pointer. auto: 0.015 up to
+    20M tokens, then proportional to tokens^(-1/6)."""
     muon_wd: float | Literal["auto"] = "auto"
     """Muon's weight decay. auto: 2 / (muon_lr * steps), at most 0.02 / muon_lr. A run at the peak
     learning rate throughout would then shrink the weights to e^-2 of their size."""
@@ -95,8 +95,9 @@ class Config(RunConfig):
     """Muon's momentum. auto: an average over steps / 78 steps, at least 10 and at most 20 (0.9 to
     0.95)."""
     adamw_lr: float | Literal["auto"] = "auto"
-    """AdamW's peak learning rate, for embeddings, norms and Canon layers; subword embeddings use
-    0.3 times this. auto: 0.006 up to 20M tokens, then proportional to tokens^(-1/3)."""
+    """AdamW's peak learning rate, for embeddings, norms, Canon layers and the pointer's sentinel;
+    subword embeddings use 0.3 times this. auto: 0.006 * sqrt(model.n_layers / 6) up to 20M tokens,
+    then proportional to tokens^(-1/3)."""
     adamw_wd: float = 0.0
     """AdamW's weight decay."""
     adamw_beta2: float | Literal["auto"] = "auto"
@@ -170,7 +171,8 @@ def resolve_recipe(cfg: Config) -> int:
     if cfg.muon_momentum == "auto":
         cfg.muon_momentum = 1 - 1 / min(20, max(10, steps / 78))
     if cfg.adamw_lr == "auto":
-        cfg.adamw_lr = 0.006 * min(1.0, 20e6 / cfg.tokens) ** (1 / 3)
+        depth = (cfg.model.n_layers / 6) ** 0.5
+        cfg.adamw_lr = 0.006 * depth * min(1.0, 20e6 / cfg.tokens) ** (1 / 3)
     if cfg.adamw_beta2 == "auto":
         cfg.adamw_beta2 = 0.5 ** (cfg.batch_tokens / min(5e6, cfg.tokens / 8))
     check_positive(cfg, "adamw_lr")

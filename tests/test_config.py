@@ -112,7 +112,7 @@ def test_the_config_of_another_stage_is_refused(workdir):
 # ---- recipe
 @pytest.mark.parametrize(
     "tokens, steps, batch_tokens, muon_lr, adamw_lr",
-    [("8M", 976, 8192, 0.015, 0.006), ("1B", 61_035, 16_384, 0.00781, 0.00163)],
+    [("8M", 976, 8192, 0.015, 0.01122), ("1B", 61_035, 16_384, 0.00781, 0.00305)],
 )
 def test_the_recipe_follows_from_the_budget(tokens, steps, batch_tokens, muon_lr, adamw_lr):
     cfg = train_llm.Config(tokens=HumanInt(tokens))
@@ -120,6 +120,14 @@ def test_the_recipe_follows_from_the_budget(tokens, steps, batch_tokens, muon_lr
     assert cfg.batch_tokens == batch_tokens
     assert (cfg.muon_lr, cfg.adamw_lr) == pytest.approx((muon_lr, adamw_lr), rel=1e-2)
     assert cfg.muon_lr * cfg.muon_wd * steps == pytest.approx(2)
+
+
+def test_the_learning_rate_of_embeddings_grows_with_the_square_root_of_depth():
+    shapes = [dataclasses.replace(train_llm.Config().model, n_layers=n) for n in (6, 24)]
+    shallow, deep = (train_llm.Config(model=shape) for shape in shapes)
+    for cfg in (shallow, deep):
+        train_llm.resolve_recipe(cfg)
+    assert (shallow.adamw_lr, deep.adamw_lr) == pytest.approx((0.006, 0.012))
 
 
 @pytest.mark.parametrize("tokens, half_life", [("8M", 1e6), ("1B", 5e6)])
