@@ -19,7 +19,13 @@ from common.metrics import evaluations
 from common.run import checkpoints
 
 SETTINGS = {  # 50 steps
-    "llm": {"tokens": 6400, "batch_tokens": 128, "allow_repeat": "true"},
+    "llm": {
+        "tokens": 6400,
+        "batch_tokens": 128,
+        "allow_repeat": "true",
+        "muon_lr": 0.003,  # at higher rates, differences of rounding grow during training
+        "adamw_lr": 0.001,
+    },
     "vqvae": {"images": 400, "revive_every": 5},
     "multimodal": {"sequences": 400, "caption_dropout": 0.3},
 }
