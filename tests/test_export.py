@@ -161,7 +161,7 @@ def test_a_reordered_cache_continues_the_other_sequences():
     caches = [model(tokens[:, :12], attention_mask=mask).past_key_values for _ in range(2)]
     caches[1].reorder_cache(order)
     expected = continued(torch.arange(2), caches[0])[order]
-    torch.testing.assert_close(continued(order, caches[1]), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(continued(order, caches[1]), expected, atol=1e-5, rtol=0)
 
 
 def test_labels_give_the_loss_and_the_gradient_of_the_run():
