@@ -45,6 +45,11 @@ def workspace(tmp_path_factory):
         patch.setenv("HF_MODULES_CACHE", str(folder / "modules"))
         modules = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
         patch.setattr(modules, str(folder / "modules"))
+        # other tests of this process may have imported exports from elsewhere
+        patch.syspath_prepend(str(folder / "modules"))
+        for name in list(sys.modules):
+            if name.split(".")[0] == "transformers_modules":
+                patch.delitem(sys.modules, name)
         write_jsonl("corpus.jsonl", sentences(300))
         for name, settings in RUNS.items():
             train(run=name, muon_lr=0.05, adamw_lr=0.02, **settings)
