@@ -92,8 +92,8 @@ class Config(RunConfig):
     """Muon's weight decay. auto: 2 / (muon_lr * steps), at most 0.02 / muon_lr. A run at the peak
     learning rate throughout would then shrink the weights to e^-2 of their size."""
     muon_momentum: float | Literal["auto"] = "auto"
-    """Muon's momentum. auto: an average over steps / 78 steps, at least 10 and at most 20 (0.9 to
-    0.95)."""
+    """Muon's momentum. auto: averages the gradients of about steps / 78 steps, at least 10 and at
+    most 20, which is a momentum of 0.9 to 0.95."""
     adamw_lr: float | Literal["auto"] = "auto"
     """AdamW's peak learning rate, for embeddings, norms, Canon layers and the pointer's sentinel;
     subword embeddings use 0.3 times this. auto: 0.006 * sqrt(model.n_layers / 6) up to 20M tokens,
@@ -111,8 +111,8 @@ class Config(RunConfig):
     lr_floor: float = 0.02
     """Final learning rate as a fraction of the peak."""
     short_seq_frac: float = 0.5
-    """First fraction of the budget in which sequences are split into two of half the length, as a
-    sequence-length warm-up. 0: full length from the start."""
+    """Initial fraction of the budget in which each sequence is split into two halves (sequence-length
+    warm-up). 0: full length from the start."""
     grad_clip: float = 0.0
     """Maximum norm of the gradient. 0: no clipping."""
     eval_tokens: HumanInt = HumanInt("1M")

@@ -399,6 +399,16 @@ def test_sequences_are_half_as_long_in_the_first_fraction_of_the_budget(
     assert seen == [(8, 17, 4)] * n_short + [(4, 33, 2)] * (8 - n_short)
 
 
+def test_short_sequences_count_fewer_flops_for_attention(workdir, monkeypatch):
+    flops = []
+    monkeypatch.setattr(train_llm, "warn_if_slow", lambda cfg, total, device: flops.append(total))
+    for fraction in (0, 0.5, 1):
+        train(run=f"short-{fraction}", short_seq_frac=fraction, tokens=128)
+    full, mixed, short = flops
+    assert short < mixed < full
+    assert mixed == pytest.approx((full + short) / 2)
+
+
 def test_odd_sequences_cannot_be_halved(workdir):
     with pytest.raises(UserError, match="seq_len 33 is odd.* set --short_seq_frac 0"):
         train(model__seq_len=33, batch_tokens=33)
