@@ -111,8 +111,8 @@ class Config(RunConfig):
     lr_floor: float = 0.02
     """Final learning rate as a fraction of the peak."""
     short_seq_frac: float = 0.5
-    """Initial fraction of the budget in which each sequence is split into two halves (sequence-length
-    warm-up). 0: full length from the start."""
+    """Initial fraction of the budget in which each sequence is split into two halves, a warm-up of
+    the sequence length. 0: full length from the start."""
     grad_clip: float = 0.0
     """Maximum norm of the gradient. 0: no clipping."""
     eval_tokens: HumanInt = HumanInt("1M")
