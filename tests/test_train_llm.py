@@ -386,7 +386,7 @@ def test_halves_have_the_inputs_and_targets_of_the_whole():
 
 @pytest.mark.parametrize(("fraction", "n_short"), [(0.5, 4), (0.25, 2), (0, 0), (1, 8)])
 def test_sequences_are_half_as_long_in_the_first_fraction_of_the_budget(
-    workdir, monkeypatch, fraction, n_short
+    workdir, monkeypatch, capsys, fraction, n_short
 ):
     backward, seen = train_llm.backward, []
 
@@ -397,6 +397,8 @@ def test_sequences_are_half_as_long_in_the_first_fraction_of_the_budget(
     monkeypatch.setattr(train_llm, "backward", record)
     train(short_seq_frac=fraction, tokens=8 * 128, batch_tokens=128, micro_batch=2)
     assert seen == [(8, 17, 4)] * n_short + [(4, 33, 2)] * (8 - n_short)
+    halves = f", in the first {fraction:.0%} 8 of 16" if fraction else ""
+    assert f"128 tokens: 4 sequences of 32{halves}; 2 per forward pass" in capsys.readouterr().out
 
 
 def test_short_sequences_count_fewer_flops_for_attention(workdir, monkeypatch):
