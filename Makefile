@@ -35,7 +35,7 @@ $(EXTRA_STAMP): requirements-extra.txt $(STAMP)
 
 demo: setup
 	$(PY) train_llm.py --config configs/llm_demo.yaml --run demo $(if $(wildcard runs/demo),--resume)
-	$(PY) generate.py demo --prompt "def __init__(self" --max_tokens 120 --n 3 --temperature 0.8
+	$(PY) generate.py demo --prompt "def __init__(self" --max_tokens 120 --n 3 --temperature 1
 
 demo-images: setup
 	$(PY) train_vqvae.py --config configs/vqvae_demo.yaml --run demo-vqvae $(if $(wildcard runs/demo-vqvae),--resume)
