@@ -287,7 +287,7 @@ def describe(
     prepared = f"{len(train):,} tokens{so_far}"
     seq_len = cfg.model.seq_len
     sequences = cfg.batch_tokens // seq_len
-    halves = f", in the first {cfg.short_seq_frac:.0%} {2 * sequences} of {seq_len // 2}"
+    halves = f" ({2 * sequences} of {seq_len // 2} in the first {cfg.short_seq_frac:.0%})"
     print_setup(
         cfg,
         run,
@@ -295,8 +295,8 @@ def describe(
         origin=f"from {cfg.init_from}" if cfg.init_from else "from scratch",
         model=f"{model.n_params():,} parameters, {matrices:,} with Muon, the rest with AdamW",
         data=f"{prepared}, {epochs:.2f} epochs; validation on {scored:,} of {len(val):,} tokens",
-        batch=f"{cfg.batch_tokens:,} tokens: {sequences} sequences of {seq_len}"
-        f"{halves if cfg.short_seq_frac else ''}; {cfg.micro_batch} per forward pass",
+        batch=f"{cfg.batch_tokens:,} tokens: {sequences} sequence{'s' * (sequences > 1)} of "
+        f"{seq_len}{halves if cfg.short_seq_frac else ''}, {cfg.micro_batch} per forward pass",
         recipe=f"muon_lr {cfg.muon_lr:.4g}, muon_wd {cfg.muon_wd:.4g}, "
         f"muon_momentum {cfg.muon_momentum:.3g}, adamw_lr {cfg.adamw_lr:.4g}, "
         f"adamw_beta2 {cfg.adamw_beta2:.5g}",

@@ -427,6 +427,12 @@ def test_wrong_input_is_answered_with_a_remedy(measured, argv, part):
     assert Path("page.md").read_text() == "# No tables\n"
 
 
+@pytest.mark.parametrize("command, flag", [("train", "--only ONLY"), ("report", "--plot PLOT")])
+def test_help_is_that_of_the_command(command, flag):
+    text = script("-m", "tools.ladder", command, "--help").stdout
+    assert text.startswith(f"usage: python -m tools.ladder {command} [") and flag in text
+
+
 @pytest.mark.parametrize(
     "argv, part",
     [

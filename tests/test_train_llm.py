@@ -397,8 +397,8 @@ def test_sequences_are_half_as_long_in_the_first_fraction_of_the_budget(
     monkeypatch.setattr(train_llm, "backward", record)
     train(short_seq_frac=fraction, tokens=8 * 128, batch_tokens=128, micro_batch=2)
     assert seen == [(8, 17, 4)] * n_short + [(4, 33, 2)] * (8 - n_short)
-    halves = f", in the first {fraction:.0%} 8 of 16" if fraction else ""
-    assert f"128 tokens: 4 sequences of 32{halves}; 2 per forward pass" in capsys.readouterr().out
+    halves = f" (8 of 16 in the first {fraction:.0%})" if fraction else ""
+    assert f"128 tokens: 4 sequences of 32{halves}, 2 per forward pass" in capsys.readouterr().out
 
 
 def test_short_sequences_count_fewer_flops_for_attention(workdir, monkeypatch):

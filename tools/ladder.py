@@ -7,7 +7,8 @@
 
 `train` takes flags of train_llm.py that change no recipe, such as --data.source. It resumes
 interrupted runs and skips those that are finished or that another process is training. The run
-runs/ladder-6x256-default-1M has 6 layers of 256, the default recipe and 1M tokens.
+runs/ladder-6x256-default-1M has 6 layers of 256, the default recipe and 1M tokens; `report` lists
+the runs that are missing.
 
 The published recipe has a constant learning rate, so evaluations of one long run are also results
 of shorter runs. The default recipe's learning rate depends on the budget: it needs a run for each.
@@ -18,7 +19,6 @@ import gc
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,11 @@ FITTED, TARGET = "6x256", 8e6  # the shape with enough budgets, and the tokens t
 NOISE = 0.005  # nats, standard deviation over seeds: 0.0045 at 1M tokens, docs/LOG.md 2026-11-25
 
 Curve = tuple[list[int], list[float]]  # tokens in ascending order, validation loss at each
-load = partial(load_config, prog="python -m tools.ladder", description=__doc__)
+
+
+def load(command: str, cls: type, argv: list[str]):
+    prog = f"python -m tools.ladder {command}"
+    return load_config(cls, argv, prog=prog, description=__doc__)
 
 
 # ---- train
@@ -80,7 +84,7 @@ def run_config(name: str, argv: list[str]) -> TrainConfig:
     words = [*flags, f"--tokens={budget}"]
     if recipe == "published":
         words = [PUBLISHED, *words, f"--batch_tokens={BATCH}", f"--eval_every={eval_every}"]
-    own, cfg = (load(TrainConfig, [*words, *more]) for more in ([], argv))
+    own, cfg = (load("train", TrainConfig, [*words, *more]) for more in ([], argv))
     before = flatten(dataclasses.asdict(own))
     for key, value in flatten(dataclasses.asdict(cfg)).items():
         if value != before.get(key) and not re.fullmatch(FREE, key):
@@ -308,7 +312,7 @@ class ReportConfig:
 
 def report(argv: list[str]) -> None:
     """Print the tables of the finished runs, or rewrite them in a page. Raises UserError."""
-    cfg = load(ReportConfig, argv)
+    cfg = load("report", ReportConfig, argv)
     found = load_runs(cfg.run)
     curves = {recipe: curve(found, FITTED, recipe) for recipe in RECIPES}
     laws = {recipe: PowerLaw(*points) for recipe, points in curves.items() if len(points[0]) > 3}
