@@ -5,7 +5,8 @@
     python -m tools.ladder report                   # tables of the runs that are finished
     python -m tools.ladder report --write docs/LADDER.md --plot docs/images/ladder.png
 
-`train` takes flags of train_llm.py that change no recipe, such as --data.source. It resumes
+`train` sets recipe, shape and budget itself: it takes only the other flags of train_llm.py, such as
+--data.source, and the defaults that --help shows for recipe and data may not apply. It resumes
 interrupted runs and skips those that are finished or that another process is training. The run
 runs/ladder-6x256-default-1M has 6 layers of 256, the default recipe and 1M tokens; `report` lists
 the runs that are missing.
@@ -211,8 +212,8 @@ def needed(loss: float, curve: Curve, budget: float) -> str:
 
 def measured_table(found: dict[str, Trial]) -> str:
     """A row per shape and budget: losses, and the tokens that each needs for the other's loss."""
-    header = "shape | parameters | tokens | published | default | difference | "
-    header += "published needs for the default's loss | default needs for the published loss"
+    header = "shape | parameters (published / default) | tokens | published | default | difference"
+    header += " | published needs for the default's loss | default needs for the published loss"
     rows = [header.split(" | ")]
     for shape, (_, budgets, *_) in SHAPES.items():
         sizes = [t.summary["params"] for name, t in found.items() if name.startswith(f"{shape}-")]
