@@ -56,7 +56,7 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fake("6x256-published-4M", PUBLISHED)
     for budget, loss in DEFAULT.items():
-        fake(f"6x256-default-{budget}", {HumanInt(budget) / 1e6: loss})
+        fake(f"6x256-default-{budget}", {HumanInt(budget) / 1e6: loss}, params=6_927_744)
 
 
 def report(capsys, *argv: str) -> str:
@@ -260,13 +260,13 @@ def test_tokens_for_a_loss_are_interpolated_or_bounded(loss, text):
 
 def test_the_report_compares_the_recipes_at_each_budget(measured, capsys):
     text = report(capsys)
-    assert row_of(text, "6x256", "6.4M", "1M")[3:] == [
+    assert row_of(text, "6x256", "6.4M / 6.9M", "1M")[3:] == [
         *("4.8940", "4.6290", "-0.2650"),
         *("2.08M (2.08x)", "504k (0.50x)"),
     ]
-    assert row_of(text, "6x256", "6.4M", "250k")[6:] == ["476k (1.91x)", "<250k (<1.00x)"]
-    assert row_of(text, "6x256", "6.4M", "4M")[6:] == [">4M (>1.00x)", "1.72M (0.43x)"]
-    assert row_of(text, "12x256")[1:] == ["-", "1M", *["-"] * 5]
+    assert row_of(text, "6x256", "6.4M / 6.9M", "250k")[6:] == ["476k (1.91x)", "<250k (<1.00x)"]
+    assert row_of(text, "6x256", "6.4M / 6.9M", "4M")[6:] == [">4M (>1.00x)", "1.72M (0.43x)"]
+    assert row_of(text, "12x256")[1:] == ["- / -", "1M", *["-"] * 5]
 
 
 def test_the_report_says_how_runs_were_made_and_which_are_missing(measured, capsys):
@@ -285,7 +285,7 @@ def test_a_report_of_one_run_has_its_losses_and_no_fit(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     fake("6x256-published-4M", PUBLISHED)
     text = report(capsys)
-    assert row_of(text, "6x256", "6.4M", "2M")[3:5] == ["4.6420", "-"]
+    assert row_of(text, "6x256", "6.4M / -", "2M")[3:5] == ["4.6420", "-"]
     assert "A fit needs the published run and four budgets of the default at 6x256." in text
 
 
@@ -385,7 +385,7 @@ def test_the_report_rewrites_the_tables_of_a_page(measured, capsys):
     assert report(capsys, "--write=page.md") == ""
     text = page.read_text()
     assert text.startswith("# Title\n") and text.endswith("after\n") and "old" not in text
-    assert row_of(text, "6x256", "6.4M", "1M")[3] == "4.8940"
+    assert row_of(text, "6x256", "6.4M / 6.9M", "1M")[3] == "4.8940"
     assert [x for x in text.splitlines() if len(x) > 100 and not x.startswith("|")] == []
     report(capsys, "--write=page.md")
     assert page.read_text() == text

@@ -216,8 +216,12 @@ def measured_table(found: dict[str, Trial]) -> str:
     header += " | published needs for the default's loss | default needs for the published loss"
     rows = [header.split(" | ")]
     for shape, (_, budgets, *_) in SHAPES.items():
-        sizes = [t.summary["params"] for name, t in found.items() if name.startswith(f"{shape}-")]
-        params = " / ".join(f"{size / 1e6:.1f}M" for size in dict.fromkeys(sizes)) or "-"
+        sizes = {
+            name.split("-")[1]: f"{trial.summary['params'] / 1e6:.1f}M"
+            for name, trial in found.items()
+            if name.startswith(f"{shape}-")
+        }
+        params = " / ".join(sizes.get(recipe, "-") for recipe in RECIPES)
         curves = [curve(found, shape, recipe) for recipe in RECIPES]
         for budget in budgets:
             tokens = HumanInt(budget) // BATCH * BATCH  # whole steps
