@@ -262,11 +262,12 @@ def test_the_report_compares_the_recipes_at_each_budget(measured, capsys):
     text = report(capsys)
     assert row_of(text, "6x256", "6.4M / 6.9M", "1M")[3:] == [
         *("4.8940", "4.6290", "-0.2650"),
-        *("2.08M (2.08x)", "504k (0.50x)"),
+        *("2.08M (2.08x)", "504k (0.50x)", "4.00x"),
     ]
-    assert row_of(text, "6x256", "6.4M / 6.9M", "250k")[6:] == ["476k (1.91x)", "<250k (<1.00x)"]
-    assert row_of(text, "6x256", "6.4M / 6.9M", "4M")[6:] == [">4M (>1.00x)", "1.72M (0.43x)"]
-    assert row_of(text, "12x256")[1:] == ["- / -", "1M", *["-"] * 5]
+    sizes = "6.4M / 6.9M"
+    assert row_of(text, "6x256", sizes, "250k")[6:] == ["476k (1.91x)", "-", "16.00x"]
+    assert row_of(text, "6x256", sizes, "4M")[6:] == [">4M (>1.00x)", "1.72M (0.43x)", "1.00x"]
+    assert row_of(text, "12x256")[1:] == ["- / -", "1M", *["-"] * 6]
 
 
 def test_the_report_says_how_runs_were_made_and_which_are_missing(measured, capsys):

@@ -210,12 +210,20 @@ def needed(loss: float, curve: Curve, budget: float) -> str:
     return f"{bound}{text} ({bound}{count / budget:.2f}x)"
 
 
+def seconds_per_token(trial: Trial) -> float:
+    return trial.summary["train_seconds"] / trial.summary["tokens"]
+
+
 def measured_table(found: dict[str, Trial]) -> str:
-    """A row per shape and budget: losses, and the tokens that each needs for the other's loss."""
+    """A row per shape and budget: losses, the tokens that each recipe needs for the other's loss,
+    and the training time per token of the default, relative to the published recipe.
+    """
     header = "shape | parameters (published / default) | tokens | published | default | difference"
     header += " | published needs for the default's loss | default needs for the published loss"
+    header += " | default's time per token"
     rows = [header.split(" | ")]
-    for shape, (_, budgets, *_) in SHAPES.items():
+    for shape, (_, budgets, longest, _) in SHAPES.items():
+        published = found.get(f"{shape}-published-{longest}")
         sizes = {
             name.split("-")[1]: f"{trial.summary['params'] / 1e6:.1f}M"
             for name, trial in found.items()
@@ -226,10 +234,14 @@ def measured_table(found: dict[str, Trial]) -> str:
         for budget in budgets:
             tokens = HumanInt(budget) // BATCH * BATCH  # whole steps
             losses = [dict(zip(*points, strict=True)).get(tokens) for points in curves]
-            cells = [f"{loss:.4f}" if loss else "-" for loss in losses] + ["-"] * 3
+            cells = [f"{loss:.4f}" if loss else "-" for loss in losses] + ["-"] * 4
             if all(losses):
                 both = zip(losses[::-1], curves, strict=True)
-                cells[2:] = [f"{losses[1] - losses[0]:+.4f}", *(needed(*x, tokens) for x in both)]
+                needs = [needed(*x, tokens) for x in both]
+                needs = ["-" if x.endswith("(<1.00x)") else x for x in needs]  # only this budget
+                time = seconds_per_token(found[f"{shape}-default-{budget}"])
+                ratio = f"{time / seconds_per_token(published):.2f}x"
+                cells[2:] = [f"{losses[1] - losses[0]:+.4f}", *needs, ratio]
             rows.append([shape, params, budget, *cells])
     return markdown_table(rows)
 
