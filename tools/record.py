@@ -1,7 +1,7 @@
 """Train several seeds of a recipe, compare two recipes, and submit an improvement as a record.
 
 python -m tools.record trials --run base --seeds 5 --tokens 8M
-python -m tools.record compare 'runs/base-seed*' -- 'runs/new-seed*'
+python -m tools.record compare 'runs/base-seed*' -- 'runs/new-seed*'    # 3 seeds or more each
 python -m tools.record submit short-cooldown --baseline 'runs/base-seed*' \\
     --runs 'runs/new-seed*' --note "cooldown over 0.4 of the run"
 python -m tools.record check      # verify all records, the leaderboard and its images
