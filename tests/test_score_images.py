@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import sentences, train, train_stage, write_jsonl
 from PIL import Image
 from test_train_multimodal import PETS, write_pets
@@ -135,6 +136,62 @@ def test_reconstructions_are_closer_to_real_images_than_to_other_training_images
 
 def test_learned_images_have_the_lowest_loss_under_their_own_caption(scores):
     assert scores["generative_accuracy"] >= 0.75  # chance: 0.25
+
+
+def test_accuracy_per_class_and_confusion_count_expected_and_predicted_classes(monkeypatch):
+    def judge(_, images):  # the class is the value of the pixels
+        predicted = ((images[:, 0, 0, 0] + 1) * 127.5).round().long()
+        features = torch.rand(len(images), 4, generator=torch.Generator().manual_seed(0))
+        return torch.nn.functional.one_hot(predicted, 3).float(), features
+
+    def images(predicted: list[int]) -> torch.Tensor:
+        return torch.tensor(predicted, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
+
+    monkeypatch.setattr(score_images, "judge", judge)
+    small = {
+        "generated": images([0, 0, 2, 1]),
+        "reconstructed": images([0, 0, 1, 1]),
+        "real": images([0, 0, 0, 1]),
+        "train": images([0, 1, 2, 0]),
+    }
+    labels, test_labels = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 1])
+    scores = score_images.judged_scores(None, small, labels, test_labels, ["cat", "dog", "owl"])
+    assert scores["confusion"]["generated"] == [[2, 0, 1], [0, 1, 0], [0, 0, 0]]
+    assert scores["confusion"]["ceiling_reconstructed"] == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert scores["class_accuracy"] == {
+        "generated": 0.75,
+        "ceiling_reconstructed": 0.75,
+        "ceiling_real": 1.0,
+    }
+    assert scores["accuracy_by_class"]["cat"]["generated"] == pytest.approx(2 / 3)
+    assert scores["accuracy_by_class"]["dog"]["ceiling_real"] == 1
+    assert scores["accuracy_by_class"]["owl"]["generated"] is None  # no such image
+
+
+def test_each_row_of_the_class_figure_shows_one_class(tmp_path):
+    colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    images = colors[np.arange(29) % 3][:, None, None].repeat(32, 1).repeat(32, 2)  # (29, 32, 32, 3)
+    score_images.plot_classes(images, ["cat", "dog", "owl"], tmp_path / "classes.png")
+    pixels = np.asarray(Image.open(tmp_path / "classes.png").convert("RGB"))
+    for i, color in enumerate(colors):
+        rows, columns = (pixels == color).all(-1).nonzero()
+        assert rows.min() >= i * len(pixels) / 3 and rows.max() <= (i + 1) * len(pixels) / 3
+        shown = np.diff(np.unique(columns)).tolist()
+        assert sum(step > 1 for step in shown) == 7  # the gaps between eight images
+
+
+def test_classes_are_drawn_if_each_has_an_image(scores, workspace, in_workspace):
+    path = workspace / "runs/m/classes.png"
+    assert path.exists()
+    path.unlink()
+    score("m", "--n", "3")  # of four classes
+    assert not path.exists()
+
+
+def test_confusion_is_drawn(scores, workspace):
+    image = Image.open(workspace / "runs/m/confusion.png").convert("RGB")
+    assert image.width > 2 * image.height  # three matrices side by side
+    assert len(image.getcolors(1 << 24)) > 100  # shades of blue
 
 
 def test_diversity_needs_two_images_of_one_class(in_workspace):

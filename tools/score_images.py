@@ -4,7 +4,8 @@
 
 Images of `shapes` are scored by a rule-based checker, labeled images by a classifier. The
 classifier is trained once on real images and never used in a training loss; distances between its
-features are comparable only within this project. Writes scores.json and scores.png.
+features are comparable only within this project. Writes scores.json, scores.png and, for labeled
+images, classes.png and confusion.png.
 
 Shapes: N images, S image side, G side of the token grid, D feature dimension, K codebook size.
 """
@@ -254,7 +255,11 @@ def score_labeled(cfg: Config, loaded: LoadedRun, config: ImageConfig) -> tuple[
         "train": train_small[chosen],
     }
 
-    scores = judged_scores(classifier, small, labels, torch.from_numpy(test.labels[test_indices]))
+    test_labels = torch.from_numpy(test.labels[test_indices])
+    scores = judged_scores(classifier, small, labels, test_labels, train.classes)
+    plot_confusion(scores["confusion"], train.classes, loaded.run / "confusion.png")
+    if cfg.n >= len(train.classes):
+        plot_classes(to_uint8(images), train.classes, loaded.run / "classes.png")
     scores |= {"classifier": cfg.classifier, "n_real": len(test_indices)}
     if cfg.n_classify:
         indices = evenly_spaced(len(test), cfg.n_classify)
@@ -269,9 +274,13 @@ def score_labeled(cfg: Config, loaded: LoadedRun, config: ImageConfig) -> tuple[
 
 
 def judged_scores(
-    classifier: Classifier, small: dict[str, Tensor], labels: Tensor, test_labels: Tensor
+    classifier: Classifier,
+    small: dict[str, Tensor],
+    labels: Tensor,
+    test_labels: Tensor,
+    classes: list[str],
 ) -> dict:
-    """Accuracies, distances and diversity of thumbnails (N, 3, 32, 32).
+    """Accuracies, confusion, distances and diversity of thumbnails (N, 3, 32, 32).
 
     `labels` (n,) are the requested classes of the generated images, `test_labels` (n_real,) those
     of real test images and of their reconstructions. Real training images give the floor.
@@ -279,17 +288,28 @@ def judged_scores(
     # logits (N, classes) and features (N, D)
     judged = {kind: judge(classifier, x.float() / 127.5 - 1) for kind, x in small.items()}
     features = {kind: vectors for kind, (_, vectors) in judged.items()}
-    real = features["real"]
-
-    def accuracy(kind: str, expected: Tensor) -> float:
-        return (judged[kind][0].argmax(1) == expected).float().mean().item()
-
+    real, n = features["real"], len(classes)
+    expected = {
+        "generated": labels,
+        "ceiling_reconstructed": test_labels,
+        "ceiling_real": test_labels,
+    }
+    counts = {}  # images of each expected (row) and predicted (column) class, (classes, classes)
+    for kind, truth in expected.items():
+        predicted = judged[kind.removeprefix("ceiling_")][0].argmax(1)
+        counts[kind] = (truth * n + predicted).bincount(minlength=n * n).view(n, n)
+    # None for a class without images
+    by_class = {
+        kind: [c[i, i].item() / total if (total := c[i].sum().item()) else None for i in range(n)]
+        for kind, c in counts.items()
+    }
     return {
-        "class_accuracy": {
-            "generated": accuracy("generated", labels),
-            "ceiling_reconstructed": accuracy("reconstructed", test_labels),
-            "ceiling_real": accuracy("real", test_labels),
+        "class_accuracy": {kind: (c.trace() / c.sum()).item() for kind, c in counts.items()},
+        "accuracy_by_class": {
+            name: {kind: values[i] for kind, values in by_class.items()}
+            for i, name in enumerate(classes)
         },
+        "confusion": {kind: c.tolist() for kind, c in counts.items()},
         "frechet_distance": {
             "generated": frechet_distance(features["generated"], real),
             "reconstructed": frechet_distance(features["reconstructed"], real),
@@ -306,6 +326,54 @@ def judged_scores(
             "real": diversity(real, test_labels),
         },
     }
+
+
+def plot_confusion(confusion: dict[str, list], classes: list[str], path: Path) -> None:
+    """Plot the confusion matrices of generated, reconstructed and real images as a PNG."""
+    from matplotlib.figure import Figure
+
+    titles = {
+        "generated": "generated",
+        "ceiling_reconstructed": "real, encoded and decoded",
+        "ceiling_real": "real",
+    }
+    fig = Figure(figsize=(15, 5.5), dpi=100, layout="constrained")
+    for ax, (kind, title) in zip(fig.subplots(1, 3), titles.items(), strict=True):
+        counts = np.array(confusion[kind], float)
+        percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+        ax.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+        if len(classes) <= 20:  # more would be unreadable
+            for (row, column), value in np.ndenumerate(percent):
+                color = "white" if value > 50 else "black"
+                ax.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
+            ax.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+            ax.set_yticks(range(len(classes)), classes)
+        accuracy = counts.trace() / counts.sum()
+        ax.set_title(f"{title}: {accuracy:.0%} correct")
+        ax.set_xlabel("class that the classifier sees, % of the row")
+        ax.set_ylabel("requested class" if kind == "generated" else "true class")
+    fig.savefig(path, format="png")
+
+
+def plot_classes(images: np.ndarray, classes: list[str], path: Path) -> None:
+    """Plot up to 8 images of each class in a row beside its name, as a PNG.
+
+    Image i of images (N, S, S, 3) is of class i % len(classes).
+    """
+    from matplotlib.figure import Figure
+
+    n, side = len(classes), images.shape[1]
+    columns = min(8, len(images) // n)
+    rows = images[: columns * n].reshape(columns, n, *images.shape[1:]).swapaxes(0, 1)
+    grid = image_grid(rows.reshape(-1, *images.shape[1:]), columns)
+    fig = Figure(figsize=(1.3 + 0.7 * columns, 0.7 * n), dpi=100, layout="constrained")
+    ax = fig.subplots()
+    ax.imshow(grid, interpolation="nearest")
+    ax.set_yticks([2 + side / 2 + i * (side + 2) for i in range(n)], classes)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    fig.savefig(path, format="png")
 
 
 # ---- script
