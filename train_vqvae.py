@@ -83,6 +83,9 @@ class Config(RunConfig):
     """AdamW's weight decay."""
     commit_weight: float = 0.25
     """Weight of the commitment loss, which keeps encoder outputs close to their codes."""
+    edge_weight: float = 0.0
+    """Weight of the error of differences between neighboring pixels (gradient difference loss,
+    arXiv 1511.05440), which keeps edges sharp at the expense of PSNR. 0: none."""
     warmup_frac: float = 0.05
     """Fraction of the budget for the linear learning-rate warm-up. 0: no warm-up."""
     cooldown_frac: float = 0.5
@@ -104,7 +107,8 @@ class Config(RunConfig):
 def resolve_recipe(cfg: Config) -> int:
     """Fill in what follows from the budget and return the number of steps. Raises UserError."""
     check_positive(cfg, "lr", "revive_every", "eval_images")
-    check_not_negative(cfg, "weight_decay", "commit_weight", "grad_clip", "probe_steps", "crop")
+    check_not_negative(cfg, "weight_decay", "commit_weight", "edge_weight", "grad_clip")
+    check_not_negative(cfg, "probe_steps", "crop")
     steps = resolve_steps(cfg, "images", "batch_images")
     if cfg.crop % cfg.model.downsample or cfg.crop > cfg.model.image_size:
         raise UserError(
@@ -145,6 +149,15 @@ def random_corners(cfg: Config, step: int) -> np.ndarray:
     return downsample * rng.integers(0, choices, size=(cfg.batch_images, 2))  # (batch_images, 2)
 
 
+def edge_error(error: Tensor) -> Tensor:
+    """Mean squares of the differences between neighboring pixels, summed over both axes, ().
+
+    error is (B, 3, S, S).
+    """
+    error = error.contiguous()  # differences along an axis are slow in channels_last
+    return error.diff(dim=2).square().mean() + error.diff(dim=3).square().mean()
+
+
 def backward(forward, images: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Accumulate the gradient over images (B, 3, S, S).
 
@@ -156,7 +169,10 @@ def backward(forward, images: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tens
     for part in parts:
         reconstruction, commit, part_vectors, part_codes = forward(part)
         error = F.mse_loss(reconstruction, part) / VARIANCE
-        ((error + cfg.commit_weight * commit) / len(parts)).backward()
+        loss = error + cfg.commit_weight * commit
+        if cfg.edge_weight:
+            loss = loss + cfg.edge_weight * edge_error(reconstruction - part) / VARIANCE
+        (loss / len(parts)).backward()
         losses.append(torch.stack([error, commit]).detach())  # (2,)
         vectors.append(part_vectors)
         codes.append(part_codes.flatten())

@@ -2,13 +2,15 @@ import math
 from pathlib import Path
 
 import pytest
-from helpers import flags_of, train_stage
+import torch
+from helpers import flags_of, noisy, train_stage
 from PIL import Image
 
 import common.loop
 import train_vqvae
 from common.config import UserError, load_config
 from common.metrics import read_metrics
+from vqvae import VARIANCE, VQVAE, VQVAEConfig
 
 LARGER = {"images": 2400, "probe_steps": 50, "model__codebook_size": 64, "model__width": 24}
 
@@ -34,6 +36,32 @@ def test_training_beats_the_palette(larger_run):
 def test_training_keeps_the_codebook_in_use(larger_run):
     _, summary = larger_run
     assert summary["codes_used"] > 40  # of 64
+
+
+def test_edge_error_is_that_of_differences_between_neighbors():
+    error = torch.full((1, 3, 4, 4), 0.5)
+    assert train_vqvae.edge_error(error) == 0  # a wrong brightness blurs no edge
+    error[0, 0, 1, 1] = 1.5  # differs by 1 from two neighbors along each axis
+    n_pairs = 3 * 4 * 3  # along an axis
+    assert train_vqvae.edge_error(error).item() == pytest.approx(2 * 2 / n_pairs)
+
+
+def test_edge_weight_adds_the_edge_error_to_the_loss():
+    images = 2 * torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1
+    shape = VQVAEConfig(image_size=16, codebook_size=16, width=8, n_blocks=1)
+    model, gradients = noisy(VQVAE(shape)), []
+
+    def gradient() -> torch.Tensor:
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+        return found
+
+    for weight in (0.0, 2.0):
+        cfg = train_vqvae.Config(edge_weight=weight, micro_batch=2, model=shape)
+        train_vqvae.backward(model, images, cfg)
+        gradients.append(gradient())
+    (train_vqvae.edge_error(model(images)[0] - images) / VARIANCE).backward()
+    assert torch.allclose(gradients[1] - gradients[0], 2 * gradient(), rtol=1e-3, atol=1e-2)
 
 
 def test_trained_codes_are_more_predictable_than_uniform_ones(larger_run):
