@@ -85,10 +85,16 @@ def test_the_multimodal_model_has_40m_parameters():
     assert 39e6 < model.n_params() < 41e6
 
 
-def test_the_multimodal_model_fits_the_image_tokenizer():
-    config, vqvae = train_multimodal.Config().model, train_vqvae.Config().model
-    assert config.vocab_size == 49_152 + 2 + vqvae.codebook_size
-    assert vqvae.grid**2 == config.n_image_positions < config.seq_len
+@pytest.mark.parametrize(
+    "name, text_tokens", [("cifar10", 49_152), ("cifar10_32", 400), ("demo", 400)]
+)
+def test_the_multimodal_model_fits_the_image_tokenizer(name, text_tokens):
+    multimodal, vqvae = (
+        load_config(module.Config, ["--config", str(ROOT / f"configs/{stage}_{name}.yaml")]).model
+        for stage, module in (("multimodal", train_multimodal), ("vqvae", train_vqvae))
+    )
+    assert multimodal.vocab_size == text_tokens + 2 + vqvae.codebook_size
+    assert vqvae.grid**2 == multimodal.n_image_positions < multimodal.seq_len
 
 
 @pytest.mark.parametrize("stage", STAGES)

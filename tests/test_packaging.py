@@ -133,7 +133,9 @@ def test_what_is_installed_is_not_installed_again(make, target, file):
 
 
 @needs_make
-@pytest.mark.parametrize("target", ["setup", "demo", "demo-images", "test", "lint", "check"])
+@pytest.mark.parametrize(
+    "target", ["setup", "demo", "demo-images", "cifar", "test", "lint", "check"]
+)
 def test_no_target_of_the_core_installs_extras(make, target):
     plan = make("--dry-run", target).stdout
     assert "-r requirements-dev.txt" in plan
@@ -150,6 +152,21 @@ def test_a_target_that_needs_extras_installs_them(make, target):
 def test_make_eval_passes_the_run_and_the_options(make):
     plan = make("--dry-run", "eval", "RUN=demo", "ARGS=--limit 10").stdout
     assert "-m tools.evaluate demo --limit 10\n" in plan
+
+
+@needs_make
+def test_make_cifar_reads_the_source_and_resumes_the_stages_that_have_begun(make, tmp_path):
+    def stages() -> list[str]:
+        plan = make("--dry-run", "cifar", "SOURCE=images").stdout
+        lines = [line for line in plan.splitlines() if "train_" in line or "score_images" in line]
+        assert ["--data.source images" in line for line in lines] == [True, True, False]
+        return ["--resume" in line for line in lines]
+
+    assert stages() == [False, False, False]
+    (tmp_path / "runs/cifar-vqvae").mkdir(parents=True)
+    assert stages() == [True, False, False]
+    (tmp_path / "runs/cifar").mkdir()
+    assert stages() == [True, True, False]
 
 
 # ---- markers
