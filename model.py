@@ -248,29 +248,16 @@ class Canon(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.canon, config.d_model))
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
-        K = len(self.weight)
+        K, T = len(self.weight), x.shape[1]
         past = cache.recent.get(self) if cache is not None else None  # (B, K, C)
         x = F.pad(x, (0, 0, K, 0)) if past is None else torch.cat((past, x), dim=1)  # (B, K + T, C)
         if past is not None:
             past.copy_(x[:, -K:])  # in place: its address must not change
         elif cache is not None:
             cache.recent[self] = x[:, -K:].clone()  # (B, K, C)
-        add = convolve if x.device.type == "cpu" else add_up
-        return x[:, K:] + add(x, self.weight.to(x.dtype))  # (B, T, C)
-
-
-def add_up(x: Tensor, weight: Tensor) -> Tensor:
-    """Sums (B, T, C) of the K inputs (B, K + T, C) before each position, weighted by (K, C)."""
-    K, T = len(weight), x.shape[1] - len(weight)
-    return sum(x[:, K - i : K - i + T] * w for i, w in enumerate(weight, start=1))
-
-
-def convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """As `add_up`, but faster on a CPU; on a GPU, the sum is compiled into one kernel."""
-    taps = weight.flip(0).T[:, None, :, None]  # (C, 1, K, 1)
-    x = x[:, :-1].mT[..., None]  # (B, C, K + T - 1, 1)
-    x = x.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x, taps, groups=len(taps))[..., 0].mT  # (B, T, C)
+        return x[:, K:] + sum(
+            x[:, K - i : K - i + T] * w for i, w in enumerate(self.weight.to(x.dtype), start=1)
+        )  # (B, T, C)
 
 
 # ---- attention
