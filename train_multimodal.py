@@ -153,8 +153,10 @@ class Config(RunConfig):
             n_layers=8,
             n_heads=8,
             n_kv_heads=4,
-            d_ff=1024,
+            d_ff=896,
             seq_len=1060,
+            value_embed=True,
+            canon=3,
             n_image_positions=1024,
         )
     )

@@ -54,8 +54,7 @@ def workspace(tmp_path_factory):
         for name, settings in RUNS.items():
             train(run=name, muon_lr=0.05, adamw_lr=0.02, **settings)
         train_stage(MODULES["vqvae"], run="v", images=16)
-        multimodal = {"vqvae": "v", "sequences": 16, "model__value_embed": "true"}
-        train_stage(MODULES["multimodal"], run="images", model__canon=3, **multimodal)
+        train_stage(MODULES["multimodal"], run="images", vqvae="v", sequences=16)
         for name in (*RUNS, "images"):
             export_hf.export(name, Path("exports") / name)
         yield folder

@@ -133,14 +133,13 @@ SETTINGS = [
     ("not a vqvae", multimodal(vqvae="a"), "pass one with --vqvae", "--vqvae=v"),
     (
         "initial weights",
-        multimodal(init_from="a", data__tokenizer="runs/a/tokenizer", model__canon=3),
+        multimodal(init_from="a", data__tokenizer="runs/a/tokenizer", model__value_embed=False),
         r"set (--model\.\w+) (\S+)",
         "--model.n_heads=4 --model.n_kv_heads=2 --model.value_embed=True",
     ),
     (
         "initial tokenizer",
-        multimodal("--model.n_heads=4", "--model.n_kv_heads=2", "--model.canon=3")
-        + ["--model.value_embed=true", "--init_from=a"],
+        multimodal("--model.n_heads=4", "--model.n_kv_heads=2", "--init_from=a"),
         r"set --data.tokenizer (\S+)",
         "--data.tokenizer={0}",
     ),

@@ -237,24 +237,20 @@ def language_model(workspace) -> dict:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({}, "set --model.value_embed True"),
-        ({"model__value_embed": "true"}, "set --model.canon 3"),
+        ({"model__value_embed": "false"}, "set --model.value_embed True"),
+        ({"model__canon": 0}, "set --model.canon 3"),
         ({"model__n_heads": 4}, "set --model.n_heads 2"),
         ({"data__tokenizer": "bpe-300"}, "lm has another tokenizer"),
     ],
 )
 def test_language_model_of_another_shape_is_refused(language_model, changes, message):
-    shape = {}
-    if "data__tokenizer" in changes:
-        shape = {"model__value_embed": "true", "model__canon": 3}
     with pytest.raises(UserError, match=message):
-        multimodal(run="refused", init_from="lm", **language_model | shape | changes)
+        multimodal(run="refused", init_from="lm", **language_model | changes)
 
 
 def test_run_from_a_language_model_starts_with_its_text_loss(language_model):
     settings = {"sequences": 16, "muon_lr": 1e-9, "adamw_lr": 1e-9, **language_model}
-    extras = {"model__value_embed": "true", "model__canon": 3}
-    summary = multimodal(run="from-lm", init_from="lm", caption_weight=0, **extras, **settings)
+    summary = multimodal(run="from-lm", init_from="lm", caption_weight=0, **settings)
     multimodal(run="from-scratch", **settings)
     (pretrained, _), (random, _) = (
         [row["plain_text_loss"] for row in read_metrics(Path(f"runs/{run}")) if "loss" in row]
@@ -266,8 +262,7 @@ def test_run_from_a_language_model_starts_with_its_text_loss(language_model):
 
 def test_run_from_a_language_model_takes_over_every_weight_but_the_pointer(language_model):
     settings = {"sequences": 8, "muon_lr": 1e-12, "adamw_lr": 1e-12, "muon_wd": 0}
-    extras = {"model__value_embed": "true", "model__canon": 3}
-    multimodal(run="same", init_from="lm", **extras, **settings | language_model)
+    multimodal(run="same", init_from="lm", **settings | language_model)
     ours, theirs = weights("same"), load_checkpoint_of(*find_run("lm"))[0].for_inference()
     expected = {name: weight for name, weight in theirs.state_dict().items() if name in ours}
     assert theirs.state_dict().keys() - expected.keys() == {
