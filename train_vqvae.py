@@ -62,7 +62,7 @@ from image_metrics import KMEANS_VECTORS, palette_psnr, probe_nats, reconstructi
 from vqvae import VARIANCE, VQVAE, VQVAEConfig
 
 KMEANS_IMAGES = 256  # for the initial codebook: a few images have only a few colors
-PROBE_IMAGES = 1000
+PROBE_CODES = 1_024_000  # that the probe trains on: 500 steps are two epochs
 
 
 @dataclass
@@ -207,7 +207,7 @@ def update_codebook(
 def measure_probe(cfg: Config, model: VQVAE, train, val_images: Tensor, device) -> float:
     """How predictable codes are, in nats per code: the loss of a small network trained on them."""
     print("training a probe that predicts codes from their neighbors", flush=True)
-    indices = evenly_spaced(len(train), PROBE_IMAGES)
+    indices = evenly_spaced(len(train), PROBE_CODES // cfg.model.grid**2)
     images = unaugmented_images(train, indices, cfg.model.image_size, torch.device("cpu"))
 
     def encode(images: Tensor) -> Tensor:

@@ -69,6 +69,21 @@ def test_trained_codes_are_more_predictable_than_uniform_ones(larger_run):
     assert 0 < summary["probe_nats"] < math.log(64)
 
 
+def test_probe_trains_on_as_many_codes_for_every_grid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_vqvae, "PROBE_CODES", 640)
+    shapes = []
+
+    def probe_nats(train, val, codebook_size, steps):
+        shapes.append(tuple(train.shape))
+        return 1.0
+
+    monkeypatch.setattr(train_vqvae, "probe_nats", probe_nats)
+    for downsample in (4, 8):
+        train(run=f"d{downsample}", images=8, probe_steps=1, model__downsample=downsample)
+    assert shapes == [(10, 8, 8), (40, 4, 4)]
+
+
 @pytest.mark.parametrize(
     "key",
     ["val_loss", "val_psnr_p5", "val_ssim", "code_perplexity"]
