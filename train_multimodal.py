@@ -135,7 +135,7 @@ class Config(RunConfig):
     """Prompts of the images generated at every evaluation. Empty: captions of validation images."""
     sample_n: int = 16
     """Images generated at every evaluation, always with the same seeds. 0: none."""
-    guidance: float = 2.0
+    guidance: float = 3.0
     """Scale of classifier-free guidance for images sampled at evaluations, and the default of
     generate.py for this run. 0: ignore the prompt; 1: no guidance; more than 1: follow the prompt
     more strongly."""

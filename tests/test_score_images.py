@@ -123,7 +123,7 @@ def test_score_compares_generated_images_with_references(scores, name, kinds):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("classifier", "cpu"), ("n", 8), ("n_real", 12), ("n_classify", 8), ("guidance", 2.0)],
+    [("classifier", "cpu"), ("n", 8), ("n_real", 12), ("n_classify", 8), ("guidance", 3.0)],
 )
 def test_scores_record_how_they_were_measured(scores, name, value):
     assert scores[name] == value

@@ -120,7 +120,7 @@ def test_image_i_of_several_is_the_one_of_seed_i(summary, tmp_path):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("prompt", "a photo of a blue"), ("seed", "1"), ("guidance", "2.0"), ("run", "m")],
+    [("prompt", "a photo of a blue"), ("seed", "1"), ("guidance", "3.0"), ("run", "m")],
 )
 def test_image_files_record_how_they_were_generated(summary, tmp_path, key, value):
     path = generated("m", "--seed", "1", "--out", str(tmp_path / "blue.png"))
