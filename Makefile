@@ -45,8 +45,8 @@ demo-images: setup
 	$(PY) -m tools.score_images demo-images --n 100
 	$(PY) generate.py demo-images --prompt "a photo of a large red circle on a white background" --n 8
 
-# CIFAR-10 at 32 x 32 pixels, about 90 minutes on two CPU cores; a killed make continues where it
-# was. make cifar SOURCE=FOLDER reads a folder with train.parquet and test.parquet.
+# CIFAR-10 at 32 x 32 pixels, about 90 minutes on two CPU cores; if interrupted, run it
+# again: it continues. SOURCE=FOLDER reads a folder with train.parquet and test.parquet.
 cifar: setup
 	$(PY) train_vqvae.py --config configs/vqvae_cifar10_32.yaml --data.source $(SOURCE) --run cifar-vqvae $(if $(wildcard runs/cifar-vqvae),--resume)
 	$(PY) train_multimodal.py --config configs/multimodal_cifar10_32.yaml --data.source $(SOURCE) --vqvae cifar-vqvae --run cifar $(if $(wildcard runs/cifar),--resume)
