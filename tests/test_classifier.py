@@ -127,6 +127,19 @@ def test_stopped_training_continues_after_its_last_epoch(tmp_path):
     assert not list(tmp_path.glob("*/.*.pt"))
 
 
+def test_training_rejects_a_damaged_checkpoint(tmp_path):
+    checkpoint, recipe = tmp_path / "state.pt", tc.Recipe(width=4, epochs=2, batch=32)
+
+    def train() -> None:
+        args = (*stripes(64, 0), 3, recipe, 0, CPU, torch.float32, str, checkpoint)
+        tc.train_classifier(*args)
+
+    train()
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"state\.pt is damaged \(.*\); delete it"):
+        train()
+
+
 def test_second_load_reads_the_saved_classifier(tmp_path):
     trained, epochs = load(tmp_path)
     loaded, further_epochs = load(tmp_path)

@@ -141,7 +141,7 @@ def train_classifier(
 
     Weights are float32, the computation is in `dtype`. `progress` is called with a line per epoch.
     If `checkpoint` is given, the state is saved there after each epoch, and training continues from
-    that file if it exists. Raises UserError if the loss is not finite.
+    that file if it exists. Raises UserError if the loss is not finite or that file is damaged.
     """
     assert images.dtype == torch.uint8 and images.shape == (len(labels), 3, SIDE, SIDE), (
         f"{images.dtype} images {tuple(images.shape)} for {len(labels)} labels"
@@ -192,13 +192,21 @@ def save_state(path: Path, epochs: int, model: nn.Module, optimizer, generator) 
 
 
 def load_state(path: Path, model: nn.Module, optimizer, generator) -> int:
-    """Load the state of the training, if it was saved, and return the number of epochs."""
+    """Load the state of the training, if it was saved, and return the number of epochs.
+
+    Raises UserError if the file is damaged.
+    """
     if not path.exists():
         return 0
-    epochs, weights, momenta, random = torch.load(path, weights_only=True)
-    model.load_state_dict(weights)
-    optimizer.load_state_dict(momenta)
-    generator.set_state(random)
+    try:
+        epochs, weights, momenta, random = torch.load(path, weights_only=True)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(momenta)
+        generator.set_state(random)
+    except Exception as error:  # the parser raises many exception types
+        raise UserError(
+            f"{path} is damaged ({first_line(error)}); delete it to train the classifier again"
+        ) from error
     return epochs
 
 
@@ -215,7 +223,7 @@ def load_classifier(
 ) -> Classifier:
     """The classifier for these images, recipe and seed, trained once and kept in folder `cache`.
 
-    Raises UserError if the loss is not finite or the saved classifier is damaged.
+    Raises UserError if the loss is not finite or a saved file is damaged.
     """
     data = [
         hashlib.sha256(t.cpu().contiguous().numpy()).hexdigest() for t in (images, labels.long())
