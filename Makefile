@@ -48,8 +48,8 @@ demo-images: setup
 # CIFAR-10 at 32 x 32 pixels, about 90 minutes on two CPU cores; if interrupted, run it
 # again: it continues. SOURCE=FOLDER reads a folder with train.parquet and test.parquet.
 cifar: setup
-	$(PY) train_vqvae.py --config configs/vqvae_cifar10_32.yaml --data.source $(SOURCE) --run cifar-vqvae $(if $(wildcard runs/cifar-vqvae),--resume)
-	$(PY) train_multimodal.py --config configs/multimodal_cifar10_32.yaml --data.source $(SOURCE) --vqvae cifar-vqvae --run cifar $(if $(wildcard runs/cifar),--resume)
+	$(PY) train_vqvae.py --config configs/vqvae_cifar10_32.yaml --data.source "$(SOURCE)" --run cifar-vqvae $(if $(wildcard runs/cifar-vqvae),--resume)
+	$(PY) train_multimodal.py --config configs/multimodal_cifar10_32.yaml --data.source "$(SOURCE)" --vqvae cifar-vqvae --run cifar $(if $(wildcard runs/cifar),--resume)
 	$(PY) -m tools.score_images cifar --n 1000 --n_real 5000 --n_classify 200
 
 # the figures of the READMEs, from the runs of make demo and make demo-images

@@ -210,7 +210,9 @@ def open_vqvae(cfg: Config, parent: Path | None, device: torch.device) -> tuple[
     if not cfg.vqvae:
         raise UserError("--vqvae is missing; pass a run of train_vqvae.py")
     has_copy = parent is not None and (parent / "vqvae").exists()
-    _, checkpoint, _ = find_run(str(parent / "vqvae") if has_copy else cfg.vqvae)
+    run, checkpoint, _ = find_run(str(parent / "vqvae") if has_copy else cfg.vqvae)
+    if not has_copy and not (run / "summary.json").exists():
+        print(f"note: {run} is not finished; its checkpoint {checkpoint.name} is used")
     return load_vqvae(str(checkpoint), device, getattr(torch, cfg.dtype)), checkpoint
 
 

@@ -238,7 +238,7 @@ def describe(
         cfg,
         run,
         first,
-        model=f"{params:,} parameters, {size} x {size} pixels to a {grid} x {grid} grid of "
+        model=f"{params:,} parameters, {size} x {size} pixels to {grid} x {grid} tokens of "
         f"{n_codes} codes",
         data=f"{len(train):,} images, {epochs:.2f} epochs; validation on {n_scored} of {n_val:,}",
         batch=f"{cfg.batch_images} {inputs}, {cfg.micro_batch} per forward pass",

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from itertools import count
 from pathlib import Path
@@ -126,6 +126,21 @@ def print_setup(cfg, run: Path, first: int, origin: str = "from scratch", **line
         print(name, text, flush=True)
 
 
+def remove_broken_libraries() -> None:
+    """Delete empty libraries in the compiler's cache.
+
+    A compilation that was killed leaves them there, and the next one would fail to load them.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # not needed without compilation
+
+    for path in Path(cache_dir()).rglob("*.so"):
+        with suppress(FileNotFoundError):  # another process deleted it
+            status = path.stat()
+            # a younger one may be of another process that is linking now
+            if status.st_size == 0 and time.time() - status.st_mtime > 10:
+                path.unlink()
+
+
 @contextmanager
 def warming_up(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
     """Restore model and optimizers on exit, so that steps run for compilation do not affect
@@ -134,6 +149,7 @@ def warming_up(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator
     Raises UserError if compilation fails.
     """
     print("compiling, which can take a few minutes", flush=True)
+    remove_broken_libraries()
     parts = [model, *optimizers]
     before = [deepcopy(part.state_dict()) for part in parts]
     try:

@@ -3,11 +3,12 @@ import signal
 
 # The models here are so small that a second thread only costs time.
 os.environ["OMP_NUM_THREADS"] = "1"
-# A background job of a shell script ignores SIGINT, which tests send.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from helpers import sentences, write_jsonl
+
+# A background job of a shell script ignores SIGINT, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -157,9 +157,9 @@ def test_make_eval_passes_the_run_and_the_options(make):
 @needs_make
 def test_make_cifar_reads_the_source_and_resumes_the_stages_that_have_begun(make, tmp_path):
     def stages() -> list[str]:
-        plan = make("--dry-run", "cifar", "SOURCE=images").stdout
+        plan = make("--dry-run", "cifar", "SOURCE=my images").stdout
         lines = [line for line in plan.splitlines() if "train_" in line or "score_images" in line]
-        assert ["--data.source images" in line for line in lines] == [True, True, False]
+        assert ['--data.source "my images"' in line for line in lines] == [True, True, False]
         return ["--resume" in line for line in lines]
 
     assert stages() == [False, False, False]

@@ -187,6 +187,15 @@ def test_each_image_is_encoded_once(encoded, tmp_path):
     assert sum(encoded) == 12 + 8  # for training and for validation
 
 
+def test_an_unfinished_vqvae_is_announced(capsys):
+    shutil.copytree("runs/v", "runs/half")
+    multimodal(run="late", sequences=8)
+    assert "not finished" not in capsys.readouterr().out
+    Path("runs/half/summary.json").unlink()
+    multimodal(run="early", vqvae="half", sequences=8)
+    assert "note: runs/half is not finished; its checkpoint 0000" in capsys.readouterr().out
+
+
 def test_another_vqvae_encodes_the_images_again(encoded, tmp_path):
     cache = {"data__cache": str(tmp_path)}
     multimodal(run="before", **cache)

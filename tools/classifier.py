@@ -234,6 +234,10 @@ def load_classifier(
     checkpoint = folder.with_name(f".{folder.name}.pt")
     with locked(folder):
         if not folder.exists():
+            progress(
+                f"training a classifier on {len(images):,} images, {recipe.epochs} epochs; it is "
+                f"kept in {folder}"
+            )
             trained = train_classifier(
                 images, labels, n_classes, recipe, seed, device, dtype, progress, checkpoint
             )

@@ -414,8 +414,9 @@ def main(cfg: Config) -> dict:
     tmp = path.with_name(path.name + ".tmp")
     image_grid(np.stack(images), 8, titles=titles).save(tmp, "PNG")
     tmp.replace(path)
-    print(json.dumps(scores, indent=2))
-    print(path)
+    long = ("accuracy_by_class", "confusion")
+    print(json.dumps({name: value for name, value in scores.items() if name not in long}, indent=2))
+    print(loaded.run / "scores.json", path)
     return scores
 
 
