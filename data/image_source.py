@@ -65,6 +65,11 @@ def source_files(source: str) -> list[Path]:
     files = []
     if source:
         files = walk(path) if path.is_dir() else sorted(map(Path, glob(str(path))))
+    if source and not files and path.is_dir():
+        raise UserError(
+            f"data source {source} is a folder without files; pass a folder of images or .parquet "
+            "files"
+        )
     is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+(:.+)?", source) and not path.exists()
     if not files and (not is_hub_name or path.suffix.lower() in {".parquet", *SUFFIXES}):
         raise UserError(

@@ -467,10 +467,12 @@ def test_a_set_of_one_image_cannot_be_split(workdir):
         ("missing", "source missing matches no"),
         ("a/b/c", "source a/b/c matches no"),
         ("", "source  matches no"),
+        ("empty", "source empty is a folder without files; pass a folder of images"),
         ("corpus.jsonl", "corpus.jsonl has files that are not .parquet"),
     ],
 )
 def test_a_path_without_images_is_named(workdir, source, message):
+    Path("empty").mkdir()
     with pytest.raises(UserError, match=message):
         load_images(ImageConfig(source=source), "train", 32)
 
