@@ -43,8 +43,8 @@ class ImageTextFormat:
             )
         if model.n_image_positions != self.n_image_tokens:
             raise UserError(
-                f"--model.n_image_positions is {model.n_image_positions}, but the VQ-VAE has a "
-                f"{self.grid} x {self.grid} grid; set it to {self.n_image_tokens}"
+                f"--model.n_image_positions is {model.n_image_positions}, but the VQ-VAE's "
+                f"grid is {self.grid} x {self.grid}; set it to {self.n_image_tokens}"
             )
         if not 1 <= self.caption_tokens <= 256:
             raise UserError(

@@ -239,10 +239,10 @@ def describe(
         run,
         first,
         model=f"{params:,} parameters, {size} x {size} pixels to {grid} x {grid} tokens of "
-        f"{n_codes} codes",
+        f"{n_codes:,} codes",
         data=f"{len(train):,} images, {epochs:.2f} epochs; validation on {n_scored} of {n_val:,}",
         batch=f"{cfg.batch_images} {inputs}, {cfg.micro_batch} per forward pass",
-        baseline=f"{baseline:.2f} dB: a palette of {n_codes} colors, no network",
+        baseline=f"{baseline:.2f} dB: a palette of {n_codes:,} colors, no network",
     )
 
 

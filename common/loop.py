@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import count
 from pathlib import Path
@@ -133,12 +133,13 @@ def remove_broken_libraries() -> None:
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # not needed without compilation
 
-    for path in Path(cache_dir()).rglob("*.so"):
-        with suppress(FileNotFoundError):  # another process deleted it
-            status = path.stat()
-            # a younger one may be of another process that is linking now
-            if status.st_size == 0 and time.time() - status.st_mtime > 10:
-                path.unlink()
+    def is_empty(path: Path) -> bool:
+        return path.exists() and path.stat().st_size == 0
+
+    if empty := [path for path in Path(cache_dir()).rglob("*.so") if is_empty(path)]:
+        time.sleep(5)  # another process may be linking some of them now
+        for path in filter(is_empty, empty):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

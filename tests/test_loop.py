@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -139,14 +138,14 @@ def test_warming_up_undoes_steps_of_model_and_optimizer(steps_before):
 
 def test_empty_libraries_of_a_killed_compilation_are_deleted(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    broken, whole, fresh = (tmp_path / "ab" / f"{name}.so" for name in ("broken", "whole", "fresh"))
-    broken.parent.mkdir()
-    for path, content in ((broken, b""), (whole, b"ELF"), (fresh, b"")):
-        path.write_bytes(content)
-    for path in (broken, whole):
-        os.utime(path, (0, 0))
+    folder = tmp_path / "ab"
+    folder.mkdir()
+    for name, content in (("broken", b""), ("whole", b"ELF"), ("linking", b"")):
+        (folder / f"{name}.so").write_bytes(content)
+    # meanwhile, another process finishes its library
+    monkeypatch.setattr(time, "sleep", lambda _: (folder / "linking.so").write_bytes(b"ELF"))
     with warming_up(torch.nn.Linear(1, 1)):
-        assert {path.name for path in broken.parent.iterdir()} == {"whole.so", "fresh.so"}
+        assert {path.name for path in folder.iterdir()} == {"whole.so", "linking.so"}
 
 
 def test_a_compiler_that_fails_is_one_line_that_names_the_flag():

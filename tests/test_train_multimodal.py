@@ -297,7 +297,7 @@ def other_runs(workspace, language_model, summary):
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--vqvae=coarse", "the VQ-VAE has a 4 x 4 grid; set it to 16"),
+        ("--vqvae=coarse", "the VQ-VAE's grid is 4 x 4; set it to 16"),
         ("--vqvae=few", "the 8 codes of the VQ-VAE need 310; set it to 310"),
         ("--vqvae=", "--vqvae is missing; pass a run of train_vqvae.py"),
         ("--vqvae=lm", "runs/lm is not a train_vqvae.py run"),
