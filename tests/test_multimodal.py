@@ -126,7 +126,7 @@ def test_target_positions_are_those_of_the_next_image_token(fmt):
     "codes, changes, message",
     [
         ({"codebook_size": 8}, {}, "set it to 37 or choose another --vqvae"),
-        ({"downsample": 8}, {}, "the VQ-VAE has a 2 x 2 grid; set it to 4"),
+        ({"downsample": 8}, {}, "the VQ-VAE's grid is 2 x 2; set it to 4"),
         (
             {},
             {"seq_len": 20},
